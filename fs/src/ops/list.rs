@@ -1,0 +1,143 @@
+//! Listing directories.
+
+use super::{FileSystem, Locks};
+use crate::directory::{self, Entry, Listed};
+use crate::error::{FsError, Result};
+use crate::inode::{Attributes, FileKind, Ino};
+use crate::transaction::Source;
+use bytes::Bytes;
+use sld::{Disk, Mode};
+
+/// Names looked at under one hold of the directory's token.
+const BATCH: usize = 64;
+
+/// An entry as a listing shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirEntry {
+    /// Inode.
+    pub ino: Ino,
+    /// Name.
+    pub name: Bytes,
+    /// Type.
+    pub kind: FileKind,
+    /// Where to go on after this entry.
+    pub next_cookie: u64,
+    /// Attributes, if they were asked for (and the inode was still there).
+    pub attributes: Option<Attributes>,
+}
+
+impl<D: Disk> FileSystem<D> {
+    /// Lists a directory from `cookie` on (0: from the start), `.` and `..` first, until the sink returns false. Cookies
+    /// stay good while names come and go: a name that is there all the time is listed exactly once.
+    ///
+    /// # Errors
+    /// `NotDirectory`, `Stale`, those of the disk.
+    pub async fn read_directory(
+        &self,
+        ino: Ino,
+        cookie: u64,
+        sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
+        plus: bool,
+    ) -> Result<()> {
+        let mut position = cookie;
+        if position < 2 {
+            let dir = self.inode(ino).await?;
+            if !dir.is_directory() {
+                return Err(FsError::NotDirectory);
+            }
+            let up = dir.parents.first().map_or(ino, |parent| Ino(parent.dir));
+            for (name, target, next) in [(&b"."[..], ino, 1), (b"..", up, 2)] {
+                if position >= next {
+                    continue;
+                }
+                let attributes = if plus { self.attributes(target).await.ok() } else { None };
+                let kind = FileKind::Directory;
+                if !sink(DirEntry { ino: target, name: Bytes::from_static(name), kind, next_cookie: next, attributes }) {
+                    return Ok(());
+                }
+            }
+            position = 2;
+        }
+        loop {
+            let (listed, end) = self.batch(ino, position).await?;
+            let children = if plus { self.attributes_of(&listed).await? } else { Vec::new() };
+            for (index, (next, entry)) in listed.iter().enumerate() {
+                position = *next;
+                let Some(entry) = entry else {
+                    continue; // None of the candidates is valid.
+                };
+                let attributes = children.get(index).copied().flatten();
+                let shown = DirEntry {
+                    ino: entry.ino,
+                    name: entry.name.clone(),
+                    kind: attributes.map_or(entry.kind, |a| a.kind),
+                    next_cookie: *next,
+                    attributes,
+                };
+                if !sink(shown) {
+                    return Ok(());
+                }
+            }
+            if end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next names after a position with what they lead to; and whether these are the last.
+    async fn batch(&self, ino: Ino, position: u64) -> Result<(Vec<(u64, Option<Entry>)>, bool)> {
+        let mut locks = Locks::new([(ino.object(), Mode::Shared)]);
+        'again: loop {
+            let mut work = self.begin_read(&mut locks).await?;
+            let dir = work.load(ino).await?;
+            if !dir.is_directory() {
+                return Err(FsError::NotDirectory);
+            }
+            let dir = work.inodes.get(&ino).ok_or(FsError::Stale)?;
+            let listed: Vec<Listed> = directory::list(work.tx.source(), dir, position, BATCH).await?;
+            let end = listed.len() < BATCH;
+            let mut shown = Vec::with_capacity(listed.len());
+            for name in listed {
+                // Rule 2: a name without a flag is trusted; else its candidates are judged.
+                let entry = if name.flagged() {
+                    match work.judge(ino, name.hash, &name.candidates, Mode::Shared).await? {
+                        Some((valid, _)) => valid.into_iter().next(),
+                        None => {
+                            locks.need(work.needs);
+                            continue 'again;
+                        }
+                    }
+                } else {
+                    name.candidates.into_iter().next()
+                };
+                shown.push((name.position, entry));
+            }
+            return Ok((shown, end));
+        }
+    }
+
+    /// The attributes of listed inodes, each as it is now.
+    async fn attributes_of(&self, listed: &[(u64, Option<Entry>)]) -> Result<Vec<Option<Attributes>>> {
+        let entries = || listed.iter().filter_map(|(_, entry)| entry.as_ref());
+        let wants: Vec<_> = entries().map(|entry| (entry.ino.object(), Mode::Shared)).collect();
+        let _tokens = self.tokens(&wants).await?;
+        for entry in entries() {
+            if self.disk().try_read(entry.ino.object(), entry.ino.block()).is_none() {
+                self.disk().read_ahead(entry.ino.object(), &[entry.ino.block()]);
+            }
+        }
+        let mut attributes = Vec::with_capacity(listed.len());
+        for (_, entry) in listed {
+            let Some(entry) = entry else {
+                attributes.push(None);
+                continue;
+            };
+            match self.load(Source::disk(self.disk()), entry.ino).await {
+                Ok(inode) if inode.generation == entry.generation => attributes.push(Some(inode.attributes())),
+                Ok(_) | Err(FsError::Stale) => attributes.push(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(attributes)
+    }
+}

@@ -1,0 +1,298 @@
+//! What an operation holds and has read: tokens, inodes, its transaction; and the judging of names.
+
+use super::data::later;
+use super::{FileSystem, load};
+use crate::btree::Leaf;
+use crate::directory::{self, Bucket, Entry};
+use crate::error::{FsError, Result};
+use crate::format::Time;
+use crate::inode::{Ino, Inode};
+use crate::parents;
+use crate::transaction::Transaction;
+use sld::{After, Disk, Mode, ObjectId, Want, WriteId};
+use std::collections::BTreeMap;
+
+/// After so many attempts an operation lets others run before it tries again.
+const ATTEMPTS_BEFORE_YIELD: u32 = 4;
+/// After so many attempts it starts again with what it needs at least.
+const ATTEMPTS_BEFORE_RESET: u32 = 16;
+/// After so many attempts it gives up.
+const ATTEMPTS_MAX: u32 = 10_000;
+
+/// The tokens that an operation asks for: known ones, and those that a look has shown to be needed.
+pub(crate) struct Locks {
+    base: Vec<Want>,
+    extra: BTreeMap<ObjectId, Mode>,
+    attempts: u32,
+}
+
+impl Locks {
+    pub(crate) fn new(base: impl Into<Vec<Want>>) -> Self {
+        Locks { base: base.into(), extra: BTreeMap::new(), attempts: 0 }
+    }
+
+    pub(crate) fn need(&mut self, wants: impl IntoIterator<Item = Want>) {
+        if self.attempts.is_multiple_of(ATTEMPTS_BEFORE_RESET) {
+            self.extra.clear();
+        }
+        for (object, mode) in wants {
+            let entry = self.extra.entry(object).or_insert(mode);
+            if mode == Mode::Exclusive {
+                *entry = mode;
+            }
+        }
+    }
+
+    fn wants(&self) -> Vec<Want> {
+        self.base.iter().copied().chain(self.extra.iter().map(|(o, m)| (*o, *m))).collect()
+    }
+}
+
+/// Tokens that are held.
+pub(crate) struct Held<D: Disk> {
+    tokens: Vec<D::Tokens>,
+    modes: BTreeMap<ObjectId, Mode>,
+}
+
+impl<D: Disk> Held<D> {
+    pub(crate) fn covers(&self, want: Want) -> bool {
+        match self.modes.get(&want.0) {
+            Some(Mode::Exclusive) => true,
+            Some(Mode::Shared) => want.1 == Mode::Shared,
+            None => false,
+        }
+    }
+}
+
+/// A name with its candidates judged.
+pub(crate) struct Resolved {
+    pub(crate) dir: Ino,
+    pub(crate) name: Vec<u8>,
+    pub(crate) hash: u64,
+    pub(crate) bucket: Bucket,
+    pub(crate) leaf: Leaf,
+    /// Highest sequence number given out so far.
+    pub(crate) counter: u64,
+    /// Highest first: the first one is what the name means.
+    pub(crate) valid: Vec<Entry>,
+    pub(crate) invalid: Vec<Entry>,
+}
+
+impl Resolved {
+    pub(crate) fn winner(&self) -> Option<&Entry> {
+        self.valid.first()
+    }
+
+    /// The inodes that the candidates were judged by (rules 8a and 10: what is done about them goes after them).
+    pub(crate) fn judged(&self) -> impl Iterator<Item = After> {
+        self.valid.iter().chain(&self.invalid).map(|entry| After::Block(entry.ino.block()))
+    }
+
+    /// Rule 7: drops the losing candidates from the bucket.
+    pub(crate) fn settle(&self, bucket: &mut Bucket) {
+        let losers = self.invalid.iter().chain(self.valid.iter().skip(1));
+        bucket.remove(&self.name, &losers.map(|entry| entry.seq).collect::<Vec<_>>());
+    }
+}
+
+/// An operation under way.
+pub(crate) struct Work<'a, D: Disk> {
+    pub(crate) fs: &'a FileSystem<D>,
+    pub(crate) held: Held<D>,
+    pub(crate) tx: Transaction<'a, D>,
+    pub(crate) inodes: BTreeMap<Ino, Inode>,
+    /// Tokens that were found to be missing.
+    pub(crate) needs: Vec<Want>,
+}
+
+impl<D: Disk> FileSystem<D> {
+    /// Takes the tokens for the next attempt of a change.
+    pub(crate) async fn begin(&self, locks: &mut Locks) -> Result<Work<'_, D>> {
+        self.disk.admit().await?;
+        self.begin_read(locks).await
+    }
+
+    /// Takes the tokens for the next attempt.
+    pub(crate) async fn begin_read(&self, locks: &mut Locks) -> Result<Work<'_, D>> {
+        locks.attempts += 1;
+        if locks.attempts > ATTEMPTS_MAX {
+            return Err(FsError::Again);
+        }
+        if locks.attempts > ATTEMPTS_BEFORE_YIELD {
+            tokio::task::yield_now().await;
+        }
+        let wants = locks.wants();
+        let tokens = self.tokens(&wants).await?;
+        let mut modes = BTreeMap::new();
+        for (object, mode) in wants {
+            let entry = modes.entry(object).or_insert(mode);
+            if mode == Mode::Exclusive {
+                *entry = mode;
+            }
+        }
+        let held = Held { tokens: vec![tokens], modes };
+        Ok(Work { fs: self, held, tx: self.transaction(), inodes: BTreeMap::new(), needs: Vec::new() })
+    }
+}
+
+impl<'a, D: Disk> Work<'a, D> {
+    /// Takes another token if that needs no waiting (and so cannot deadlock); else notes it as needed.
+    pub(crate) fn want(&mut self, object: ObjectId, mode: Mode) -> bool {
+        if self.held.covers((object, mode)) {
+            return true;
+        }
+        if let Some(tokens) = self.fs.disk.try_acquire(&[(object, mode)]) {
+            self.held.tokens.push(tokens);
+            self.held.modes.insert(object, mode);
+            return true;
+        }
+        self.needs.push((object, mode));
+        false
+    }
+
+    /// Reads an inode, whose token is held, into the work.
+    pub(crate) async fn load(&mut self, ino: Ino) -> Result<&mut Inode> {
+        if !self.inodes.contains_key(&ino) {
+            let inode = load(self.tx.source(), ino).await?;
+            self.inodes.insert(ino, inode);
+        }
+        self.inodes.get_mut(&ino).ok_or(FsError::Stale)
+    }
+
+    /// An inode that was loaded.
+    pub(crate) fn inode(&mut self, ino: Ino) -> Result<&mut Inode> {
+        self.inodes.get_mut(&ino).ok_or(FsError::Stale)
+    }
+
+    /// Reads a directory in which names are looked for.
+    pub(crate) async fn load_dir(&mut self, ino: Ino) -> Result<&mut Inode> {
+        let dir = self.load(ino).await?;
+        if !dir.is_directory() {
+            return Err(FsError::NotDirectory);
+        }
+        if dir.is_orphan() {
+            return Err(FsError::NotFound);
+        }
+        Ok(dir)
+    }
+
+    /// Judges candidates: which are valid (highest seq first), which are not. `None` if tokens are missing.
+    pub(crate) async fn judge(
+        &mut self,
+        dir: Ino,
+        hash: u64,
+        candidates: &[Entry],
+        mode: Mode,
+    ) -> Result<Option<(Vec<Entry>, Vec<Entry>)>> {
+        let mut complete = true;
+        for entry in candidates {
+            complete &= self.want(entry.ino.object(), mode);
+        }
+        if !complete {
+            return Ok(None);
+        }
+        let (mut valid, mut invalid) = (Vec::new(), Vec::new());
+        for entry in candidates {
+            match self.load(entry.ino).await {
+                Ok(_) => {}
+                Err(FsError::Stale) => {
+                    invalid.push(entry.clone());
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            let alive = match self.inodes.get(&entry.ino) {
+                Some(inode) if inode.generation == entry.generation => {
+                    parents::contains(self.tx.source(), inode, entry.record(dir, hash)).await?
+                }
+                _ => false,
+            };
+            if alive { valid.push(entry.clone()) } else { invalid.push(entry.clone()) }
+        }
+        valid.sort_by_key(|entry| std::cmp::Reverse(entry.seq));
+        Ok(Some((valid, invalid)))
+    }
+
+    /// Finds a name in a loaded directory and judges its candidates (rule 2). `None` if tokens are missing.
+    pub(crate) async fn resolve(&mut self, dir: Ino, name: &[u8], mode: Mode) -> Result<Option<Resolved>> {
+        let hash = self.fs.hash.of(name);
+        let inode = self.inodes.get(&dir).ok_or(FsError::Stale)?;
+        let (bucket, leaf) = directory::bucket(self.tx.source(), inode, hash).await?;
+        let counter = directory::counter(inode, &leaf)?;
+        let candidates: Vec<Entry> = bucket.of(name).cloned().collect();
+        let Some((valid, invalid)) = self.judge(dir, hash, &candidates, mode).await? else {
+            return Ok(None);
+        };
+        Ok(Some(Resolved { dir, name: name.to_vec(), hash, bucket, leaf, counter, valid, invalid }))
+    }
+
+    /// Whether a loaded directory has no valid name. `None` if tokens are missing.
+    pub(crate) async fn is_empty(&mut self, dir: Ino) -> Result<Option<bool>> {
+        let mut position = 0;
+        loop {
+            let inode = self.inodes.get(&dir).ok_or(FsError::Stale)?;
+            let listed = directory::list(self.tx.source(), inode, position, 16).await?;
+            let Some(last) = listed.last() else {
+                return Ok(Some(true));
+            };
+            position = last.position;
+            for name in listed {
+                if !name.flagged() {
+                    return Ok(Some(false));
+                }
+                match self.judge(dir, name.hash, &name.candidates, Mode::Shared).await? {
+                    None => return Ok(None),
+                    Some((valid, _)) if !valid.is_empty() => return Ok(Some(false)),
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+
+    /// Writes a bucket of a loaded directory. Returns the write that makes it durable.
+    pub(crate) async fn put(&mut self, dir: Ino, hash: u64, bucket: &Bucket, counter: u64, after: &[After]) -> Result<WriteId> {
+        let inode = self.inodes.get_mut(&dir).ok_or(FsError::Stale)?;
+        directory::put(&mut self.tx, inode, hash, bucket, counter, after).await
+    }
+
+    /// What a new entry in a directory comes after, beside its inode: the entries of the directory's own name (rule 9, for
+    /// what is below a name: else a crash would leave the file without the directory that it was made in).
+    pub(crate) fn name_of_dir(&self, dir: Ino) -> impl Iterator<Item = After> + use<D> {
+        self.fs.name_blocks(dir).into_iter().filter(move |block| *block != dir.block()).map(After::Block)
+    }
+
+    /// Sets a changed directory's times, and counts a directory that is about to get a name in it. The count may be too
+    /// high after a crash, but never too low: so the write of the new entry goes after what this returns.
+    pub(crate) fn before_entry(&mut self, dir: Ino, now: Time, new_subdir: bool) -> Result<Vec<After>> {
+        let inode = self.inodes.get_mut(&dir).ok_or(FsError::Stale)?;
+        inode.mtime = later(now, inode.mtime);
+        inode.ctime = later(now, inode.ctime);
+        inode.data_version += 1;
+        if !new_subdir {
+            return Ok(Vec::new());
+        }
+        inode.subdirs = inode.subdirs.saturating_add(1);
+        if inode.root()?.level() == 0 {
+            return Ok(Vec::new()); // The entry is in the same block.
+        }
+        Ok(vec![After::Write(inode.write(&mut self.tx, &[]))])
+    }
+
+    /// Writes a directory's times after its entries changed, and counts a directory that has lost its name in it.
+    pub(crate) fn after_entry(&mut self, dir: Ino, now: Time, gone_subdirs: u32, entry: WriteId) -> Result<()> {
+        let inode = self.inodes.get_mut(&dir).ok_or(FsError::Stale)?;
+        inode.mtime = later(now, inode.mtime);
+        inode.ctime = later(now, inode.ctime);
+        inode.subdirs = inode.subdirs.saturating_sub(gone_subdirs);
+        let same = self.tx.newest(inode.ino.block()) == Some(entry);
+        let after = if same || gone_subdirs == 0 { Vec::new() } else { vec![After::Write(entry)] };
+        inode.write(&mut self.tx, &after);
+        Ok(())
+    }
+
+    /// Commits. The tokens stay until the result is dropped.
+    pub(crate) fn commit(self) -> Result<Held<D>> {
+        self.tx.commit()?;
+        Ok(self.held)
+    }
+}

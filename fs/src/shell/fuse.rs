@@ -1,0 +1,786 @@
+//! The FUSE front of a file system: requests in, answers out. Thin: what an operation does is decided in `ops`.
+//!
+//! Each request becomes a future. It is polled once on the FUSE thread, where an operation that has its tokens and blocks
+//! at hand ends without a hop; otherwise it goes to the runtime and answers from there. How many there are at once is
+//! bounded by the kernel (one per thread that waits, and `BACKGROUND_MAX` of its own).
+//!
+//! Invariants:
+//! - A FUSE thread never waits.
+//! - Handles opened for writing bypass the page cache; the kernel never owns a size, a time or unwritten data, except of
+//!   pages written through a shared mapping.
+//! - Whatever the kernel is let believe is in `Known` first, so that it can be taken back.
+//!
+//! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
+
+use super::known::{Known, Moment, Told};
+use super::mount::TRANSFER_MAX;
+use super::notify::Notify;
+use super::serve::Company;
+use super::signal;
+use super::translate::{self, Identity, errno};
+use crate::ops::data::{Allocate, At, Payload, Seek};
+use crate::ops::xattr::SetMode;
+use crate::{Attributes, Caller, DirEntry, FileSystem, FsError, Ino, NewNode, SetAttributes};
+use fuser::{
+    Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use parking_lot::Mutex;
+use sld::{Disk, Locks};
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::future::Future;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, SystemTime};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// Requests that the kernel may have under way on its own account (read-ahead, write-back of mappings, asynchronous I/O).
+const BACKGROUND_MAX: u16 = 128;
+/// The most that one `copy_file_range` copies before it answers.
+const COPY_MAX: u64 = 16 * 1024 * 1024;
+
+/// Bit of a file handle: opened for writing, so that it bypasses the page cache.
+const HANDLE_DIRECT: u64 = 1;
+
+/// How long the kernel may believe what it is told now; must not outlive the node's lease.
+pub type Lifetime = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// What a mount's requests share.
+pub(crate) struct Front<D: Disk> {
+    pub(crate) fs: Arc<FileSystem<D>>,
+    pub(crate) known: Arc<Known>,
+    pub(crate) notify: Notify,
+    pub(crate) lifetime: Lifetime,
+    pub(crate) company: Company,
+    pub(crate) identity: Identity,
+    /// Files whose written-behind data was lost: each answers EIO once.
+    pub(crate) lost: Arc<Mutex<HashSet<u64>>>,
+    /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
+    pub(crate) locks: Option<Arc<Locks>>,
+    /// Which node this is, for whose processes a lock's holder has a number.
+    pub(crate) node: cluster::NodeId,
+    pub(crate) runtime: Handle,
+    pub(crate) stop: watch::Receiver<bool>,
+}
+
+/// The file system as `fuser` sees it.
+pub(crate) struct Fuse<D: Disk>(pub(crate) Arc<Front<D>>);
+
+impl<D: Disk> Front<D> {
+    /// How long the kernel may believe attributes that it is told now.
+    fn lifetime(&self) -> Duration {
+        if self.company.has_others() { Duration::ZERO } else { (self.lifetime)() }
+    }
+
+    fn names_lifetime(&self) -> Duration {
+        if self.notify.has_epochs() { self.lifetime() } else { Duration::ZERO }
+    }
+
+    fn told(attributes: &Attributes) -> Option<Told> {
+        translate::is_file(attributes).then(|| Told {
+            mtime: translate::nanoseconds(attributes.mtime),
+            size: attributes.size,
+            version: attributes.data_version,
+        })
+    }
+
+    /// Answers with a name that was looked up or made. `exact`: the kernel itself drops attributes that an invalidation
+    /// overtakes (LOOKUP).
+    fn entry(&self, start: Moment, parent: INodeNo, result: Result<Attributes, FsError>, exact: bool, reply: ReplyEntry) {
+        match result {
+            Ok(attributes) => {
+                let node = self.identity.node(attributes.ino);
+                let names = self.known.tell_name(start, parent.0, false, self.names_lifetime());
+                let ttl = if exact { self.lifetime() } else { Duration::ZERO };
+                let ttl = self.known.tell(start, node, attributes.generation, Self::told(&attributes), true, ttl);
+                let generation = Generation(attributes.generation);
+                reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// Answers SETATTR: the kernel takes the attributes in even if an invalidation has overtaken them, so they live for no time.
+    fn changed(&self, start: Moment, result: Result<Attributes, FsError>, reply: ReplyAttr) {
+        match result {
+            Ok(attributes) => {
+                let node = self.identity.node(attributes.ino);
+                let generation = attributes.generation;
+                self.known.tell(start, node, generation, Self::told(&attributes), false, Duration::ZERO);
+                reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn open_flags(&self, attributes: &Attributes, direct: bool) -> FopenFlags {
+        let mut flags = FopenFlags::empty();
+        if self.known.keeps_pages(self.identity.node(attributes.ino), attributes.data_version) {
+            flags |= FopenFlags::FOPEN_KEEP_CACHE;
+        }
+        if direct {
+            flags |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        } else if self.locks.is_none() {
+            // Closing a handle that only reads has nothing to report, and no locks to release.
+            flags |= FopenFlags::FOPEN_NOFLUSH;
+        }
+        flags
+    }
+
+    /// EIO, once, if written-behind data of the file was lost.
+    fn report_loss(&self, ino: Ino) -> Result<(), FsError> {
+        if self.lost.lock().remove(&ino.0) { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
+    }
+}
+
+impl<D: Disk> Fuse<D> {
+    /// Runs an operation: here if it can end at once, else on the runtime. If its caller (`thread`) is killed while it waits,
+    /// it is given up between two steps: what it has committed stays, and the rest never happens.
+    fn drive<F>(&self, thread: u32, operation: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let mut operation = Box::pin(operation);
+        let runtime = &self.0.runtime;
+        let polled = {
+            let _entered = runtime.enter();
+            std::panic::catch_unwind(AssertUnwindSafe(|| operation.as_mut().poll(&mut Context::from_waker(Waker::noop()))))
+        };
+        match polled {
+            Ok(Poll::Ready(())) => {}
+            Ok(Poll::Pending) => {
+                let mut stop = self.0.stop.clone();
+                runtime.spawn(async move {
+                    tokio::select! {
+                        biased;
+                        () = operation => {}
+                        () = signal::killed(thread) => {}
+                        _ = stop.wait_for(|stopped| *stopped) => {}
+                    }
+                });
+            }
+            // The request's answer was sent as EIO when it was dropped.
+            Err(_) => tracing::error!("an operation broke an invariant; its caller got EIO"),
+        }
+    }
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+fn empty(result: Result<(), FsError>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// Answers a question for bytes of which the kernel first asks the length.
+fn sized(result: Result<Vec<u8>, FsError>, size: u32, reply: ReplyXattr) {
+    match result {
+        Ok(bytes) if size == 0 => reply.size(u32::try_from(bytes.len()).unwrap_or(u32::MAX)),
+        Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(bytes) => reply.data(&bytes),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// What is done with every request: the shared state, when it began, who asks.
+macro_rules! operation {
+    ($self:ident, $request:ident, |$front:ident, $start:ident, $caller:ident| $body:block) => {
+        operation!($self, $request, $request.pid(), |$front, $start, $caller| $body)
+    };
+    // Closing is done whatever happens to its caller, who may be dying.
+    ($self:ident, $request:ident, to_the_end, |$front:ident, $start:ident, $caller:ident| $body:block) => {
+        operation!($self, $request, 0, |$front, $start, $caller| $body)
+    };
+    ($self:ident, $request:ident, $thread:expr, |$front:ident, $start:ident, $caller:ident| $body:block) => {{
+        let $front = $self.0.clone();
+        let $caller = caller($request);
+        let $start = $front.known.begin();
+        $self.drive($thread, async move {
+            let _ = (&$caller, &$start);
+            $body
+        });
+    }};
+}
+
+impl<D: Disk> fuser::Filesystem for Fuse<D> {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let required = InitFlags::FUSE_AUTO_INVAL_DATA | InitFlags::FUSE_MAX_PAGES | InitFlags::FUSE_ATOMIC_O_TRUNC;
+        config.add_capabilities(required).map_err(|missing| {
+            let text = format!("this kernel's FUSE lacks {missing:?}; Linux 5.15 or newer is needed");
+            io::Error::new(io::ErrorKind::Unsupported, text)
+        })?;
+        for wished in [
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+        ] {
+            if config.add_capabilities(wished).is_err() {
+                tracing::info!(?wished, "not supported by this kernel");
+            }
+        }
+        if self.0.locks.is_some() {
+            let locks = InitFlags::FUSE_POSIX_LOCKS | InitFlags::FUSE_FLOCK_LOCKS;
+            config
+                .add_capabilities(locks)
+                .map_err(|_| io::Error::new(io::ErrorKind::Unsupported, "this kernel's FUSE does not pass on file locks"))?;
+        }
+        let _ = config.set_max_write(TRANSFER_MAX);
+        if let Err(most) = config.set_max_readahead(TRANSFER_MAX) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        let _ = config.set_congestion_threshold(BACKGROUND_MAX);
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            let result = front.fs.lookup(front.identity.ino(parent), &name).await;
+            front.entry(start, parent, result, true, reply);
+        });
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
+        if ino != INodeNo::ROOT {
+            self.0.known.forget(ino.0, lookups);
+        }
+    }
+
+    fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        operation!(self, request, |front, start, caller| {
+            let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
+                Ok(attributes) => attributes,
+                Err(error) => return reply.error(errno(&error)),
+            };
+            let told = Front::<D>::told(&attributes);
+            if let Some(told) = told.filter(|told| front.known.conflicts(ino.0, *told)) {
+                // The data changed, but by its time and size the kernel would not see that. No page lock is held by a
+                // GETATTR, and no token by this operation any more: waiting here harms nobody.
+                front.notify.purge(ino.0).await;
+                front.known.purged(ino.0, told);
+            }
+            let ttl = front.known.tell(start, ino.0, attributes.generation, told, false, front.lifetime());
+            reply.attr(&ttl, &front.identity.attributes(&attributes));
+        });
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<fuser::BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let change = SetAttributes {
+            mode,
+            uid,
+            gid,
+            size,
+            atime: atime.map(|time| translate::set_time(time, self.0.fs.now())),
+            mtime: mtime.map(|time| translate::set_time(time, self.0.fs.now())),
+            ..SetAttributes::default()
+        };
+        operation!(self, request, |front, start, caller| {
+            let result = front.fs.set_attributes(&caller, front.identity.ino(ino), change).await;
+            front.changed(start, result, reply);
+        });
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        operation!(self, request, |front, start, caller| {
+            match front.fs.read_link(front.identity.ino(ino)).await {
+                Ok(target) => reply.data(&target),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn mknod(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, rdev: u32, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
+            let result = front.fs.make(&caller, front.identity.ino(parent), &name, node, mode & 0o7777).await;
+            front.entry(start, parent, result, false, reply);
+        });
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Directory, mode & 0o7777).await;
+            front.entry(start, parent, result, false, reply);
+        });
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        let target = target.as_os_str().as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Symlink(&target), 0o777).await;
+            front.entry(start, parent, result, false, reply);
+        });
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            empty(front.fs.unlink(&caller, front.identity.ino(parent), &name).await, reply);
+        });
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            empty(front.fs.rmdir(&caller, front.identity.ino(parent), &name).await, reply);
+        });
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (name, new_name) = (name.as_bytes().to_vec(), new_name.as_bytes().to_vec());
+        operation!(self, request, |front, start, caller| {
+            let Some(flags) = translate::rename_flags(flags) else { return reply.error(Errno::EINVAL) };
+            let (from, to) = (front.identity.ino(parent), front.identity.ino(new_parent));
+            empty(front.fs.rename(&caller, from, &name, to, &new_name, flags).await, reply);
+        });
+    }
+
+    fn link(&self, request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            let result = front.fs.link(front.identity.ino(ino), front.identity.ino(parent), &name).await;
+            front.entry(start, parent, result, false, reply);
+        });
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let direct = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let truncate = flags.0 & nix::libc::O_TRUNC != 0;
+        operation!(self, request, |front, start, caller| {
+            let node = front.identity.ino(ino);
+            let result = async {
+                if truncate {
+                    let change = SetAttributes { size: Some(0), ..SetAttributes::default() };
+                    front.fs.set_attributes(&caller, node, change).await?;
+                }
+                front.fs.open(node, translate::open_flags(flags)).await
+            };
+            match result.await {
+                Ok(attributes) => {
+                    let handle = FileHandle(if direct { HANDLE_DIRECT } else { 0 });
+                    reply.opened(handle, front.open_flags(&attributes, direct));
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn create(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, flags: i32, reply: ReplyCreate) {
+        let name = name.as_bytes().to_vec();
+        let direct = OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY;
+        operation!(self, request, |front, start, caller| {
+            let result = async {
+                let made = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::File, mode & 0o7777).await?;
+                front.fs.open(made.ino, translate::open_flags(OpenFlags(flags))).await
+            };
+            match result.await {
+                Ok(attributes) => {
+                    let node = front.identity.node(attributes.ino);
+                    let generation = attributes.generation;
+                    // One lifetime for name and attributes: none, since these may be overtaken.
+                    front.known.tell(start, node, generation, Front::<D>::told(&attributes), true, Duration::ZERO);
+                    reply.created(
+                        &Duration::ZERO,
+                        &front.identity.attributes(&attributes),
+                        Generation(generation),
+                        FileHandle(if direct { HANDLE_DIRECT } else { 0 }),
+                        front.open_flags(&attributes, direct),
+                    );
+                }
+                // Another node was faster. The existing file must be opened as such, with its permissions checked: the kernel
+                // does so when it is told that its view was stale.
+                Err(FsError::Exists) if flags & nix::libc::O_EXCL == 0 => reply.error(Errno::ESTALE),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        // A direct handle fills pages, too, if it is mapped; such requests are for whole pages.
+        let fills_pages = handle.0 & HANDLE_DIRECT == 0 || (offset | u64::from(size)).is_multiple_of(4096);
+        operation!(self, request, |front, start, caller| {
+            match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
+                Ok(data) => {
+                    if fills_pages {
+                        front.known.tell_pages(ino.0, data.version());
+                    }
+                    reply.data(&data.contiguous());
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let at = if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            // Pages of a shared mapping. They never extend a file; what another node cut off stays cut off.
+            At::Within(offset)
+        } else if flags.0 & nix::libc::O_APPEND != 0 {
+            // The kernel's idea of the end is stale if another node appended.
+            At::End
+        } else {
+            At::Offset(offset)
+        };
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let synchronous = matches!(at, At::Offset(_) | At::End) && flags.0 & nix::libc::O_DSYNC != 0;
+        let data_only = flags.0 & nix::libc::O_SYNC != nix::libc::O_SYNC;
+        let length = data.len() as u32;
+        let payload = Payload::new(offset, data);
+        operation!(self, request, |front, start, caller| {
+            let node = front.identity.ino(ino);
+            let result = async {
+                front.fs.write(node, at, payload, kill).await?;
+                if synchronous { front.fs.fsync(node, data_only).await } else { Ok(()) }
+            };
+            match result.await {
+                Ok(()) => reply.written(length),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn flush(&self, request: &Request, ino: INodeNo, _handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
+        operation!(self, request, to_the_end, |front, start, caller| {
+            front.close_locks(ino, owner).await;
+            empty(front.report_loss(front.identity.ino(ino)), reply);
+        });
+    }
+
+    fn release(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        _flags: OpenFlags,
+        owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        operation!(self, request, to_the_end, |front, start, caller| {
+            if let Some(owner) = owner {
+                front.close_locks(ino, owner).await;
+            }
+            empty(front.fs.close(front.identity.ino(ino)).await, reply);
+        });
+    }
+
+    fn fsync(&self, request: &Request, ino: INodeNo, _handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        operation!(self, request, |front, start, caller| {
+            let node = front.identity.ino(ino);
+            let result = front.fs.fsync(node, data_only).await;
+            let loss = front.report_loss(node);
+            empty(result.and(loss), reply);
+        });
+    }
+
+    fn getlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        _pid: u32,
+        reply: ReplyLock,
+    ) {
+        let (first, last) = (start, end);
+        operation!(self, request, |front, start, caller| { front.get_lock(ino, owner, first, last, typ, reply).await });
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let (first, last) = (start, end);
+        operation!(self, request, |front, start, caller| {
+            front.set_lock(caller.pid, ino, owner, first, last, typ, pid, sleep, reply).await;
+        });
+    }
+
+    fn opendir(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), FopenFlags::empty());
+    }
+
+    fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        operation!(self, request, |front, start, caller| {
+            let identity = &front.identity;
+            let result = front
+                .fs
+                .read_directory(
+                    identity.ino(ino),
+                    offset,
+                    &mut |entry: DirEntry| {
+                        let node = INodeNo(identity.node(entry.ino));
+                        !reply.add(node, entry.next_cookie, translate::kind(entry.kind), OsStr::from_bytes(&entry.name))
+                    },
+                    false,
+                )
+                .await;
+            match result {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readdirplus(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        operation!(self, request, |front, start, caller| {
+            let identity = &front.identity;
+            let names = front.known.tell_name(start, ino.0, true, front.names_lifetime());
+            let result = front
+                .fs
+                .read_directory(
+                    identity.ino(ino),
+                    offset,
+                    &mut |entry: DirEntry| {
+                        let Some(attributes) = &entry.attributes else { return true };
+                        let node = identity.node(attributes.ino);
+                        let generation = attributes.generation;
+                        let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
+                        let told = Front::<D>::told(attributes);
+                        let ttl = front.known.tell(start, node, generation, told, counts, names);
+                        let attributes = identity.attributes(attributes);
+                        let name = OsStr::from_bytes(&entry.name);
+                        let full = reply.add(
+                            INodeNo(node),
+                            entry.next_cookie,
+                            name,
+                            &ttl.min(names),
+                            &attributes,
+                            Generation(generation),
+                        );
+                        if full && counts {
+                            front.known.forget(node, 1);
+                        }
+                        !full
+                    },
+                    true,
+                )
+                .await;
+            match result {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn fsyncdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, _data_only: bool, reply: ReplyEmpty) {
+        operation!(self, request, |front, start, caller| {
+            let node = front.identity.ino(ino);
+            let result = front.fs.fsync_directory(node).await;
+            let loss = front.report_loss(node);
+            empty(result.and(loss), reply);
+        });
+    }
+
+    fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        operation!(self, request, |front, start, caller| {
+            match front.fs.stat_fs().await {
+                Ok(s) => reply.statfs(s.blocks, s.free, s.free, s.blocks, s.free, s.block_size, s.name_max, s.block_size),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
+        let mode = match flags {
+            0 => SetMode::Any,
+            nix::libc::XATTR_CREATE => SetMode::Create,
+            nix::libc::XATTR_REPLACE => SetMode::Replace,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        operation!(self, request, |front, start, caller| {
+            empty(front.fs.set_xattr(front.identity.ino(ino), &name, &value, mode).await, reply);
+        });
+    }
+
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            sized(front.fs.get_xattr(front.identity.ino(ino), &name).await, size, reply);
+        });
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        operation!(self, request, |front, start, caller| {
+            sized(front.fs.list_xattr(front.identity.ino(ino), caller.uid == 0).await, size, reply);
+        });
+    }
+
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        operation!(self, request, |front, start, caller| {
+            empty(front.fs.remove_xattr(front.identity.ino(ino), &name).await, reply);
+        });
+    }
+
+    fn access(&self, _request: &Request, _ino: INodeNo, _mask: fuser::AccessFlags, reply: ReplyEmpty) {
+        // The kernel checks permissions itself (`default_permissions`).
+        reply.ok();
+    }
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _flags: fuser::IoctlFlags,
+        _command: u32,
+        _data: &[u8],
+        _size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        operation!(self, request, |front, start, caller| {
+            let Some((what, keep_size)) = allocation(mode) else { return reply.error(Errno::EOPNOTSUPP) };
+            empty(front.fs.allocate(front.identity.ino(ino), what, offset, length, keep_size).await, reply);
+        });
+    }
+
+    fn lseek(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        operation!(self, request, |front, start, caller| {
+            let seek = match whence {
+                nix::libc::SEEK_DATA => Seek::Data,
+                nix::libc::SEEK_HOLE => Seek::Hole,
+                _ => return reply.error(Errno::EINVAL),
+            };
+            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            match front.fs.seek(front.identity.ino(ino), offset, seek).await {
+                Ok(found) => reply.offset(i64::try_from(found).unwrap_or(i64::MAX)),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        from: INodeNo,
+        _from_handle: FileHandle,
+        from_offset: u64,
+        to: INodeNo,
+        _to_handle: FileHandle,
+        to_offset: u64,
+        length: u64,
+        _flags: fuser::CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        operation!(self, request, |front, start, caller| {
+            let (from, to) = (front.identity.ino(from), front.identity.ino(to));
+            match front.fs.copy_range(from, from_offset, to, to_offset, length.min(COPY_MAX)).await {
+                Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+}
+
+/// What a mode of `fallocate` asks for, and whether the size stays; `None` for what is not supported.
+fn allocation(mode: i32) -> Option<(Allocate, bool)> {
+    use nix::libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+    let keep = mode & FALLOC_FL_KEEP_SIZE != 0;
+    match mode & !FALLOC_FL_KEEP_SIZE {
+        0 => Some((Allocate::Reserve, keep)),
+        FALLOC_FL_PUNCH_HOLE if keep => Some((Allocate::Punch, true)),
+        FALLOC_FL_ZERO_RANGE => Some((Allocate::Zero, keep)),
+        _ => None,
+    }
+}

@@ -1,0 +1,16 @@
+//! The shell: what touches the operating system. A mount is served here; what its requests mean is in `ops`.
+
+mod fuse;
+mod known;
+mod locks;
+mod mount;
+mod notify;
+mod serve;
+mod signal;
+mod translate;
+
+pub use fuse::Lifetime;
+pub use mount::{
+    MOUNT_TYPE, MountOptions, TRANSFER_MAX, UnknownOption, Unmount, mount, receive_descriptor, remount, send_descriptor, unmount,
+};
+pub use serve::{MountHandle, ServeOptions, Server, serve};

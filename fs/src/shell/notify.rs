@@ -1,0 +1,213 @@
+//! Telling the kernel that something which it believes is no longer so.
+//!
+//! Two kinds of notification exist. Attribute-only invalidation and the epoch never wait for a lock in the kernel: they are
+//! sent at once, from wherever a token is given up, before that is acknowledged. Purging pages waits for page locks, which
+//! the kernel holds during READ and WRITE requests that may in turn wait for a token: it is done by threads of its own, and
+//! only the answer to one GETATTR (which holds no page lock) ever waits for it.
+//!
+//! Invariants:
+//! - No thread that serves requests or gives up tokens purges pages.
+//! - Queues are bounded: who must have a purge waits for room without blocking a thread; who merely would like one drops it.
+//!
+//! Excludes: who needs to be told what (`known`).
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+
+/// Purges that may wait in a lane.
+const QUEUE_MAX: usize = 1024;
+/// The kernel may still be about to take in an answer that was sent just before a revocation; it is told again after these
+/// delays. Milliseconds; longer than any delay in scheduling a woken thread that is not itself a failure.
+const AGAIN_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 300];
+
+const FUSE_NOTIFY_INVAL_INODE: i32 = 2;
+const FUSE_NOTIFY_INC_EPOCH: i32 = 8;
+
+/// The mount's own descriptor of /dev/fuse, for notifications that `fuser` does not know or whose result it hides.
+#[derive(Debug)]
+pub(crate) struct Device(File);
+
+impl Device {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Device(File::from(fd))
+    }
+
+    /// A notification is an answer to request 0 with its code in the place of the error.
+    fn send(&self, code: i32, body: &[u64]) -> io::Result<()> {
+        let mut message = Vec::with_capacity(16 + body.len() * 8);
+        let length = u32::try_from(16 + body.len() * 8).unwrap_or(u32::MAX);
+        message.extend_from_slice(&length.to_ne_bytes());
+        message.extend_from_slice(&code.to_ne_bytes());
+        message.extend_from_slice(&0u64.to_ne_bytes());
+        for word in body {
+            message.extend_from_slice(&word.to_ne_bytes());
+        }
+        (&self.0).write(&message).map(|_| ())
+    }
+
+    /// Makes the kernel ask for the attributes anew. Never waits. Returns whether the kernel has the inode.
+    pub(crate) fn forget_attributes(&self, ino: u64) -> io::Result<bool> {
+        known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, -1i64 as u64, 0]))
+    }
+
+    /// Drops all pages (and attributes). Waits for requests that hold pages.
+    fn purge_pages(&self, ino: u64) -> io::Result<bool> {
+        known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, 0, 0]))
+    }
+
+    /// Makes the kernel look up every name of the mount anew. Never waits. An error if it does not know how.
+    pub(crate) fn forget_names(&self) -> io::Result<()> {
+        self.send(FUSE_NOTIFY_INC_EPOCH, &[])
+    }
+}
+
+fn known(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[derive(Debug)]
+enum Job {
+    /// Purge, and say so.
+    Purge(u64, oneshot::Sender<()>),
+    /// Purge.
+    Refresh(u64),
+    /// All tokens were lost: attributes and pages of all these.
+    Reset(Vec<u64>),
+}
+
+/// The notifier of one mount. Its threads end when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Notify {
+    device: Arc<Device>,
+    /// For answers that wait for a purge.
+    urgent: mpsc::Sender<Job>,
+    /// For memory mappings, which have no right to be coherent, and resets.
+    casual: mpsc::Sender<Job>,
+    epochs: AtomicBool,
+    /// A repeated epoch is under way.
+    repeating: Arc<AtomicBool>,
+    runtime: Handle,
+}
+
+impl Notify {
+    pub(crate) fn new(fd: OwnedFd, runtime: Handle) -> io::Result<Self> {
+        let device = Arc::new(Device::new(fd));
+        let (urgent, urgent_jobs) = mpsc::channel(QUEUE_MAX);
+        let (casual, casual_jobs) = mpsc::channel(QUEUE_MAX);
+        lane("pulsar-purge", device.clone(), urgent_jobs)?;
+        lane("pulsar-refresh", device.clone(), casual_jobs)?;
+        Ok(Notify { device, urgent, casual, epochs: AtomicBool::new(false), repeating: Arc::default(), runtime })
+    }
+
+    /// Finds out, once the kernel has been greeted, whether it knows epochs.
+    pub(crate) fn probe(&self) {
+        let knows = self.device.forget_names().is_ok();
+        if !knows {
+            tracing::info!("this kernel has no FUSE_NOTIFY_INC_EPOCH (it came with Linux 6.16): names are not cached");
+        }
+        self.epochs.store(knows, Ordering::Release);
+    }
+
+    /// Whether names may be given a lifetime, since they can be taken back.
+    pub(crate) fn has_epochs(&self) -> bool {
+        self.epochs.load(Ordering::Acquire)
+    }
+
+    /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
+    pub(crate) fn forget_attributes(&self, ino: u64, looked_up: impl Fn() -> bool + Send + 'static) {
+        match self.device.forget_attributes(ino) {
+            Ok(true) => {}
+            // The kernel has not yet made the inode of the answer that it was sent.
+            Ok(false) if looked_up() => {
+                let device = self.device.clone();
+                self.runtime.spawn(async move {
+                    for delay in AGAIN_MS {
+                        tokio::time::sleep(Duration::from_millis(delay)).await;
+                        if !looked_up() || device.forget_attributes(ino).unwrap_or(true) {
+                            return;
+                        }
+                    }
+                });
+            }
+            Ok(false) => {}
+            Err(error) => tracing::debug!(ino, %error, "cannot invalidate attributes"),
+        }
+    }
+
+    /// Takes names back, at once. `listed`: some were given by READDIRPLUS, whose answer the kernel stamps with the epoch
+    /// at which it arrives, so that one on its way must be taken back again.
+    pub(crate) fn forget_names(&self, listed: bool) {
+        if let Err(error) = self.device.forget_names() {
+            tracing::debug!(%error, "cannot invalidate names");
+        }
+        if listed && !self.repeating.swap(true, Ordering::AcqRel) {
+            let (device, repeating) = (self.device.clone(), self.repeating.clone());
+            self.runtime.spawn(async move {
+                tokio::time::sleep(Duration::from_millis(AGAIN_MS[4])).await;
+                repeating.store(false, Ordering::Release);
+                let _ = device.forget_names();
+            });
+        }
+    }
+
+    /// Purges the pages of an inode, and waits until that is done.
+    pub(crate) async fn purge(&self, ino: u64) {
+        let (done, wait) = oneshot::channel();
+        if self.urgent.send(Job::Purge(ino, done)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+
+    /// Purges the pages of an inode some time soon, unless there is too much to do.
+    pub(crate) fn refresh(&self, ino: u64) {
+        let _ = self.casual.try_send(Job::Refresh(ino));
+    }
+
+    /// Takes everything back. Names at once; the rest has run out with the node's lease, and is purged in the background.
+    pub(crate) fn reset(&self, inodes: Vec<u64>) {
+        let _ = self.device.forget_names();
+        let casual = self.casual.clone();
+        self.runtime.spawn(async move {
+            let _ = casual.send(Job::Reset(inodes)).await;
+        });
+    }
+}
+
+fn lane(name: &str, device: Arc<Device>, mut jobs: mpsc::Receiver<Job>) -> io::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        while let Some(job) = jobs.blocking_recv() {
+            match job {
+                Job::Purge(ino, done) => {
+                    purge(&device, ino);
+                    let _ = done.send(());
+                }
+                Job::Refresh(ino) => purge(&device, ino),
+                Job::Reset(inodes) => {
+                    for ino in &inodes {
+                        let _ = device.forget_attributes(*ino);
+                    }
+                    for ino in inodes {
+                        purge(&device, ino);
+                    }
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn purge(device: &Device, ino: u64) {
+    if let Err(error) = device.purge_pages(ino) {
+        tracing::debug!(ino, %error, "cannot purge pages");
+    }
+}

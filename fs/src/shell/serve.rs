@@ -1,0 +1,328 @@
+//! Serving a mount: from a descriptor of /dev/fuse to a running session, and back.
+//!
+//! Invariants:
+//! - Dropping the handle cuts the kernel off and ends every thread and task of the mount.
+//! - Tokens that are given up are taken back from all mounts of the file system.
+//! - Mounts of one file system on one node change things under each other's feet without any token moving. So while there is
+//!   more than one, the kernel is let believe nothing. (A bind mount of the first is better: the kernel then has one view.)
+
+use super::fuse::{Front, Fuse, Lifetime};
+use super::known::Known;
+use super::mount::{self, Unmount};
+use super::notify::Notify;
+use super::translate::Identity;
+use crate::FileSystem;
+use fuser::{Config, Session, SessionACL};
+use parking_lot::Mutex;
+use sld::{Disk, Locks, Mode, ObjectId, Upcalls};
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// Threads that take requests from the kernel, at most; each has its own descriptor and a buffer.
+const THREADS_MAX: usize = 8;
+/// How often a mounted file system is tended.
+const TEND: Duration = Duration::from_millis(500);
+/// What the kernel may believe for how long if nobody says otherwise.
+const LIFETIME: Duration = Duration::from_secs(1);
+
+/// How a mount is served.
+#[derive(Clone)]
+pub struct ServeOptions {
+    /// Where it is mounted, in this process's namespace, if it can be unmounted from here.
+    pub directory: Option<PathBuf>,
+    /// Threads that take requests; 0: as many as there are processors, within reason.
+    pub threads: usize,
+    /// Cluster-wide file locks, and the node that this is; without them the kernel keeps locks, for this node alone.
+    pub locks: Option<(Arc<Locks>, cluster::NodeId)>,
+    /// How long the kernel may believe what it is told: asked for each answer, must not outlive the node's lease.
+    pub lifetime: Lifetime,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        ServeOptions { directory: None, threads: 0, locks: None, lifetime: Arc::new(|| LIFETIME) }
+    }
+}
+
+/// All mounts of one file system on this node.
+pub struct Server<D: Disk> {
+    fs: Arc<FileSystem<D>>,
+    mounts: Arc<Mounts>,
+}
+
+impl<D: Disk> Server<D> {
+    /// A server without mounts. It takes the disk's upcalls; make one per disk.
+    pub fn new(fs: Arc<FileSystem<D>>) -> Self {
+        let mounts = Arc::new(Mounts::default());
+        fs.disk().set_upcalls(mounts.clone());
+        fs.keep_replaced();
+        Server { fs, mounts }
+    }
+
+    /// Serves a mount whose descriptor of /dev/fuse is given. Must be called within a tokio runtime. Returns at once; see
+    /// [`MountHandle::ready`].
+    ///
+    /// # Errors
+    /// No threads or descriptors left.
+    pub fn serve(&self, fuse: OwnedFd, options: ServeOptions) -> io::Result<MountHandle> {
+        let runtime = Handle::current();
+        let known = Arc::new(Known::new());
+        let notify = Notify::new(fuse.try_clone()?, runtime.clone())?;
+        let (stop, stopped) = watch::channel(false);
+        let (state, states) = watch::channel(State::Starting);
+        let identity = Identity::new(self.fs.root());
+        let company = Company::join(&self.mounts.live);
+        // Before anything of this mount can change something.
+        self.mounts.each(|peer| peer.reset());
+        let front = Arc::new(Front {
+            fs: self.fs.clone(),
+            company,
+            known: known.clone(),
+            notify,
+            lifetime: options.lifetime,
+            identity,
+            lost: self.mounts.lost.clone(),
+            node: options.locks.as_ref().map_or(cluster::NodeId(0), |l| l.1),
+            locks: options.locks.map(|l| l.0),
+            runtime: runtime.clone(),
+            stop: stopped.clone(),
+        });
+        let peer: Arc<dyn Peer> = front.clone();
+        self.mounts.peers.lock().push(Arc::downgrade(&peer));
+        drop(peer);
+
+        runtime.spawn(tend(Arc::downgrade(&self.fs), stopped));
+
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        config.n_threads = Some(if options.threads == 0 { processors.clamp(2, THREADS_MAX) } else { options.threads });
+        config.clone_fd = true;
+
+        let directory = options.directory.clone();
+        let thread = std::thread::Builder::new().name("pulsar-fuse".to_owned()).spawn(move || {
+            let result = Session::from_fd(Fuse(front.clone()), fuse, SessionACL::All, config).and_then(|session| {
+                front.notify.probe();
+                state.send_replace(State::Ready);
+                if let Some(directory) = directory {
+                    // Beside the session, since it looks at the mount.
+                    std::thread::Builder::new()
+                        .name("pulsar-tune".to_owned())
+                        .spawn(move || mount::raise_read_ahead(&directory))?;
+                }
+                session.run()
+            });
+            if let Err(error) = &result {
+                tracing::warn!(%error, "the mount's session failed");
+            }
+            stop.send_replace(true);
+            state.send_replace(State::Ended(result.as_ref().err().map(ToString::to_string)));
+            result
+        })?;
+        Ok(MountHandle { directory: options.directory, states, thread: Some(thread) })
+    }
+}
+
+/// What is to be done every now and then while a file system is mounted.
+async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mut stop: watch::Receiver<bool>) {
+    loop {
+        let stopped = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stopped| *stopped) => true,
+            () = tokio::time::sleep(TEND) => false,
+        };
+        let Some(fs) = fs.upgrade() else { return };
+        fs.let_go(stopped).await;
+        if stopped {
+            return;
+        }
+    }
+}
+
+/// Serves one mount of a file system that has no other on this node.
+///
+/// # Errors
+/// As [`Server::serve`].
+pub fn serve<D: Disk>(fs: Arc<FileSystem<D>>, fuse: OwnedFd, options: ServeOptions) -> io::Result<MountHandle> {
+    Server::new(fs).serve(fuse, options)
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Starting,
+    Ready,
+    Ended(Option<String>),
+}
+
+/// A served mount. Dropping it cuts the kernel off.
+#[derive(Debug)]
+pub struct MountHandle {
+    directory: Option<PathBuf>,
+    states: watch::Receiver<State>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl MountHandle {
+    /// Whether the kernel has been greeted: requests are answered.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        *self.states.borrow() == State::Ready
+    }
+
+    /// Waits until requests are answered.
+    ///
+    /// # Errors
+    /// The session ended instead.
+    pub async fn ready(&self) -> io::Result<()> {
+        let mut states = self.states.clone();
+        match states.wait_for(|s| *s != State::Starting).await.as_deref() {
+            Ok(State::Ended(reason)) => Err(io::Error::other(reason.clone().unwrap_or_else(|| "the mount is gone".to_owned()))),
+            Ok(_) => Ok(()),
+            Err(_) => Err(io::Error::other("the mount's thread is gone")),
+        }
+    }
+
+    /// Waits until the mount is gone: unmounted, aborted, or failed.
+    pub async fn ended(&self) {
+        let mut states = self.states.clone();
+        let _ = states.wait_for(|s| matches!(s, State::Ended(_))).await;
+    }
+
+    /// Whether the mount is gone.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        matches!(*self.states.borrow(), State::Ended(_))
+    }
+
+    /// Unmounts, if the directory is known; see [`Unmount`] for how. Then [`MountHandle::ended`] tells when it is gone.
+    ///
+    /// # Errors
+    /// `EBUSY` if it is in use and must not be; `Unsupported` without a directory.
+    pub fn unmount(&self, how: Unmount) -> io::Result<()> {
+        match &self.directory {
+            Some(_) if self.is_ended() => Ok(()),
+            Some(directory) => mount::unmount(directory, how),
+            None => Err(io::Error::new(io::ErrorKind::Unsupported, "mounted in another namespace: unmount it there")),
+        }
+    }
+
+    /// Waits for the session's thread; blocks until the mount is gone.
+    ///
+    /// # Errors
+    /// The session's.
+    pub fn join(mut self) -> io::Result<()> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(io::Error::other("the mount's thread panicked")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for MountHandle {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        if !self.is_ended() && self.unmount(Unmount::Abort).is_err() {
+            // It ends when it is unmounted where it is mounted; nothing here can make it.
+            return;
+        }
+        let _ = thread.join();
+    }
+}
+
+/// One mount, as the upcalls see it.
+trait Peer: Send + Sync {
+    fn revoked(&self, ino: u64, keep: Option<Mode>);
+    fn reset(&self);
+}
+
+impl<D: Disk> Peer for Front<D> {
+    fn revoked(&self, ino: u64, keep: Option<Mode>) {
+        if keep.is_some() {
+            // What was read under the token stays true while nobody else may write.
+            return;
+        }
+        let node = self.identity.node(crate::Ino(ino));
+        let forgotten = self.known.revoke(node);
+        if forgotten.attributes {
+            let known = self.known.clone();
+            self.notify.forget_attributes(node, move || known.contains(node));
+        }
+        if forgotten.names {
+            self.notify.forget_names(forgotten.listed);
+        }
+        if forgotten.pages {
+            self.notify.refresh(node);
+        }
+    }
+
+    fn reset(&self) {
+        self.notify.reset(self.known.revoke_all());
+    }
+}
+
+/// A mount's being there, as the others see it.
+pub(crate) struct Company(Arc<AtomicUsize>);
+
+impl Company {
+    fn join(live: &Arc<AtomicUsize>) -> Self {
+        live.fetch_add(1, Ordering::SeqCst);
+        Company(live.clone())
+    }
+
+    /// Whether there are other mounts of the file system on this node.
+    pub(crate) fn has_others(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 1
+    }
+}
+
+impl Drop for Company {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Hears of revocations, for all mounts.
+#[derive(Default)]
+struct Mounts {
+    peers: Mutex<Vec<Weak<dyn Peer>>>,
+    live: Arc<AtomicUsize>,
+    lost: Arc<Mutex<HashSet<u64>>>,
+}
+
+impl Mounts {
+    fn each(&self, tell: impl Fn(&dyn Peer)) {
+        let peers: Vec<Arc<dyn Peer>> = {
+            let mut peers = self.peers.lock();
+            peers.retain(|peer| peer.strong_count() > 0);
+            peers.iter().filter_map(Weak::upgrade).collect()
+        };
+        for peer in peers {
+            tell(&*peer);
+        }
+    }
+}
+
+impl Upcalls for Mounts {
+    fn revoked(&self, object: ObjectId, keep: Option<Mode>) {
+        if let ObjectId::Inode(ino) = object {
+            self.each(|peer| peer.revoked(ino, keep));
+        }
+    }
+
+    fn reset(&self, lost: Vec<ObjectId>) {
+        self.lost.lock().extend(lost.into_iter().filter_map(|object| match object {
+            ObjectId::Inode(ino) => Some(ino),
+            _ => None,
+        }));
+        self.each(|peer| peer.reset());
+    }
+}

@@ -1,0 +1,127 @@
+//! Between the file system's words and those of `fuser`.
+
+use crate::{Attributes, FileKind, FsError, Ino, NewNode, Time};
+use fuser::{Errno, FileAttr, FileType, INodeNo, TimeOrNow};
+use nix::libc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Inode numbers: the kernel calls the root 1, the file system by its block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Identity {
+    root: Ino,
+}
+
+impl Identity {
+    pub(crate) fn new(root: Ino) -> Self {
+        Identity { root }
+    }
+
+    /// The file system's number for the kernel's.
+    pub(crate) fn ino(&self, node: INodeNo) -> Ino {
+        if node == INodeNo::ROOT { self.root } else { Ino(node.0) }
+    }
+
+    /// The kernel's number for the file system's (also `st_ino`).
+    pub(crate) fn node(&self, ino: Ino) -> u64 {
+        if ino == self.root { INodeNo::ROOT.0 } else { ino.0 }
+    }
+
+    pub(crate) fn attributes(&self, a: &Attributes) -> FileAttr {
+        FileAttr {
+            ino: INodeNo(self.node(a.ino)),
+            size: a.size,
+            blocks: a.blocks512,
+            atime: system_time(a.atime),
+            mtime: system_time(a.mtime),
+            ctime: system_time(a.ctime),
+            crtime: system_time(a.btime),
+            kind: kind(a.kind),
+            perm: (a.mode & 0o7777) as u16,
+            nlink: a.nlink,
+            uid: a.uid,
+            gid: a.gid,
+            rdev: a.rdev,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+/// The number that the kernel is told.
+pub(crate) fn errno(error: &FsError) -> Errno {
+    if matches!(error, FsError::Corrupt { .. } | FsError::Disk(_)) {
+        tracing::warn!(%error, "an operation failed");
+    }
+    Errno::from_i32(error.errno())
+}
+
+/// An unambiguous number for a time.
+pub(crate) fn nanoseconds(time: Time) -> i128 {
+    i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
+}
+
+fn system_time(time: Time) -> SystemTime {
+    let whole = Duration::from_secs(time.seconds.unsigned_abs());
+    let second = if time.seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    second.and_then(|s| s.checked_add(Duration::from_nanos(time.nanos.into()))).unwrap_or(UNIX_EPOCH)
+}
+
+/// A time to set.
+pub(crate) fn set_time(time: TimeOrNow, now: Time) -> Time {
+    match time {
+        TimeOrNow::Now => now,
+        TimeOrNow::SpecificTime(time) => match time.duration_since(UNIX_EPOCH) {
+            Ok(since) => Time { seconds: since.as_secs() as i64, nanos: since.subsec_nanos() },
+            // `fuser` takes the nanoseconds of a time before 1970 as leading away from 1970, too; they lead towards it.
+            Err(before) => Time { seconds: -(before.duration().as_secs() as i64), nanos: before.duration().subsec_nanos() },
+        },
+    }
+}
+
+pub(crate) fn kind(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Directory => FileType::Directory,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::CharDevice => FileType::CharDevice,
+        FileKind::BlockDevice => FileType::BlockDevice,
+        FileKind::Socket => FileType::Socket,
+    }
+}
+
+/// What MKNOD makes; `None` for directories and nonsense.
+pub(crate) fn new_node(mode: u32, rdev: u32) -> Option<NewNode<'static>> {
+    let special = |kind| Some(NewNode::Special { kind, rdev });
+    match mode & libc::S_IFMT {
+        0 | libc::S_IFREG => Some(NewNode::File),
+        libc::S_IFIFO => special(FileKind::Fifo),
+        libc::S_IFCHR => special(FileKind::CharDevice),
+        libc::S_IFBLK => special(FileKind::BlockDevice),
+        libc::S_IFSOCK => special(FileKind::Socket),
+        _ => None,
+    }
+}
+
+/// `renameat2` flags; `None` for those not supported.
+pub(crate) fn rename_flags(flags: fuser::RenameFlags) -> Option<crate::RenameFlags> {
+    match flags {
+        fuser::RenameFlags::RENAME_NOREPLACE => Some(crate::RenameFlags::NoReplace),
+        fuser::RenameFlags::RENAME_EXCHANGE => Some(crate::RenameFlags::Exchange),
+        flags => flags.is_empty().then_some(crate::RenameFlags::Replace),
+    }
+}
+
+/// How a file is opened.
+pub(crate) fn open_flags(flags: fuser::OpenFlags) -> crate::OpenFlags {
+    let mode = flags.acc_mode();
+    crate::OpenFlags {
+        read: mode != fuser::OpenAccMode::O_WRONLY,
+        write: mode != fuser::OpenAccMode::O_RDONLY,
+        append: flags.0 & libc::O_APPEND != 0,
+    }
+}
+
+pub(crate) fn is_file(attributes: &Attributes) -> bool {
+    attributes.kind == FileKind::File
+}

@@ -1,0 +1,233 @@
+//! Lock master: the locks of the objects that hash to this node, and who waits for them. Pure.
+//!
+//! Invariants:
+//! - In an epoch nothing is granted before every member has re-asserted what it holds.
+//! - No lock of a life that is not a member of the epoch is held or waited for.
+//! - A request waits only while it conflicts with a lock that is held, and waiters are looked at in the order of arrival.
+//!
+//! Excludes: which node is the master of what (`placement`), and what a client remembers (`client`).
+
+use super::message::{LockAnswer, LockMessage, LockOwner, LockRequest};
+use super::table::{HeldLock, LockKind, LockRange, LockTable};
+use crate::api::ObjectId;
+use cluster::{Epoch, Incarnation, NodeId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// The most requests that may wait in one master; further ones are refused as conflicts at once.
+pub const WAITERS_MAX: usize = 65_536;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Waiter {
+    owner: LockOwner,
+    ticket: u64,
+    range: LockRange,
+    kind: LockKind,
+    pid: u32,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Object {
+    table: LockTable<LockOwner>,
+    waiters: VecDeque<Waiter>,
+}
+
+/// A message that came too early, and from whom.
+pub type Early = (NodeId, LockMessage);
+
+/// The master's state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LockMaster {
+    epoch: Epoch,
+    members: BTreeMap<NodeId, Incarnation>,
+    /// Members that have not yet re-asserted everything.
+    missing: BTreeSet<NodeId>,
+    objects: BTreeMap<ObjectId, Object>,
+    /// Answers that may not have arrived: a repeated request gets the same one. (A second "unlock" carried out after the
+    /// lock that followed it would take that lock away.)
+    answers: BTreeMap<(NodeId, u64), LockAnswer>,
+    waiting: usize,
+}
+
+/// What the shell must send.
+pub type LockSends = Vec<(NodeId, LockMessage)>;
+
+impl LockMaster {
+    /// A new epoch begins: everything is forgotten, to be re-asserted by its members.
+    pub fn begin_epoch(&mut self, epoch: Epoch, members: BTreeMap<NodeId, Incarnation>) {
+        self.epoch = epoch;
+        self.missing = members.keys().copied().collect();
+        self.members = members;
+        self.objects.clear();
+        self.answers.clear();
+        self.waiting = 0;
+    }
+
+    /// Whether every member has re-asserted its locks.
+    #[must_use]
+    pub fn recovered(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    /// The epoch it is in.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// A message for the master. What came too early for it (a sender is ahead in its epoch, or not everybody has
+    /// re-asserted) is given back, to be brought again later in the same order; what is late is dropped: it is repeated.
+    pub fn receive(&mut self, from: NodeId, message: LockMessage, out: &mut LockSends) -> Option<Early> {
+        match message {
+            LockMessage::Reassert { epoch, .. } | LockMessage::Request { epoch, .. } if epoch > self.epoch => {
+                Some((from, message))
+            }
+            LockMessage::Reassert { epoch, incarnation, locks, pending, last } => {
+                if epoch == self.epoch && self.members.get(&from) == Some(&incarnation) {
+                    self.answers.retain(|(node, ticket), _| *node != from || pending.binary_search(ticket).is_ok());
+                    self.reassert(from, incarnation, locks, last);
+                }
+                None
+            }
+            LockMessage::Request { epoch, owner, .. }
+                if epoch != self.epoch || owner.node != from || self.members.get(&from) != Some(&owner.incarnation) =>
+            {
+                None
+            }
+            LockMessage::Request { .. } if !self.recovered() => Some((from, message)),
+            LockMessage::Request { ticket, object, owner, range, request, answered, .. } => {
+                for t in answered {
+                    self.answers.remove(&(from, t));
+                }
+                if let Some(answer) = self.answers.get(&(from, ticket)).filter(|_| request != LockRequest::Cancel) {
+                    out.push((from, LockMessage::Answer { epoch: self.epoch, ticket, answer: answer.clone() }));
+                } else if range.start <= range.end {
+                    self.request(object, owner, ticket, range, request, out);
+                }
+                None
+            }
+            LockMessage::Answer { .. } => None,
+        }
+    }
+
+    fn reassert(&mut self, from: NodeId, life: Incarnation, locks: Vec<(ObjectId, HeldLock<LockOwner>)>, last: bool) {
+        if !self.missing.contains(&from) {
+            return;
+        }
+        for (object, lock) in locks {
+            if lock.owner.node != from || lock.owner.incarnation != life || lock.range.start > lock.range.end {
+                continue;
+            }
+            let table = &mut self.objects.entry(object).or_default().table;
+            if table.conflict(&lock.owner, lock.range, lock.kind).is_none() {
+                table.lock(lock);
+            } else {
+                debug_assert!(false, "two members re-assert conflicting locks on {object:?}");
+            }
+        }
+        if last {
+            self.missing.remove(&from);
+        }
+    }
+
+    fn request(
+        &mut self,
+        object: ObjectId,
+        owner: LockOwner,
+        ticket: u64,
+        range: LockRange,
+        request: LockRequest,
+        out: &mut LockSends,
+    ) {
+        let epoch = self.epoch;
+        let state = self.objects.entry(object).or_default();
+        let answers = &mut self.answers;
+        let first = answers.get(&(owner.node, ticket)).cloned();
+        let mut answer = |answer: LockAnswer| {
+            answers.insert((owner.node, ticket), answer.clone());
+            out.push((owner.node, LockMessage::Answer { epoch, ticket, answer }));
+        };
+        match request {
+            LockRequest::Query { kind } => answer(match state.table.conflict(&owner, range, kind) {
+                Some(held) => LockAnswer::Conflict(held.clone()),
+                None => LockAnswer::Free,
+            }),
+            LockRequest::Unlock => {
+                state.table.unlock(&owner, range);
+                answer(LockAnswer::Done);
+                self.grant(object, out);
+            }
+            LockRequest::Cancel => {
+                let before = state.waiters.len();
+                state.waiters.retain(|w| w.ticket != ticket || w.owner.node != owner.node);
+                if state.waiters.len() < before {
+                    self.waiting -= 1;
+                    answer(LockAnswer::Cancelled);
+                } else {
+                    // Without a first answer the request was lost with its session, and only this arrived; or both are
+                    // answered and forgotten.
+                    answer(first.unwrap_or(LockAnswer::Cancelled));
+                }
+            }
+            LockRequest::Lock { kind, pid, wait } => {
+                if state.waiters.iter().any(|w| w.ticket == ticket && w.owner == owner) {
+                    return;
+                }
+                match state.table.conflict(&owner, range, kind).cloned() {
+                    None => {
+                        state.table.lock(HeldLock { owner, range, kind, pid });
+                        answer(LockAnswer::Done);
+                        // A downgrade may let others in.
+                        self.grant(object, out);
+                    }
+                    Some(held) if !wait || self.waiting >= WAITERS_MAX => answer(LockAnswer::Conflict(held)),
+                    Some(_) => {
+                        state.waiters.push_back(Waiter { owner, ticket, range, kind, pid });
+                        self.waiting += 1;
+                    }
+                }
+            }
+        }
+        if self.objects.get(&object).is_some_and(|o| o.table.is_empty() && o.waiters.is_empty()) {
+            self.objects.remove(&object);
+        }
+    }
+
+    /// Grants what no longer conflicts.
+    fn grant(&mut self, object: ObjectId, out: &mut LockSends) {
+        let epoch = self.epoch;
+        let Some(Object { table, waiters }) = self.objects.get_mut(&object) else { return };
+        // Again and again: what is granted may replace a stronger lock of its owner, and so let in others.
+        loop {
+            let before = waiters.len();
+            waiters.retain(|w| {
+                if table.conflict(&w.owner, w.range, w.kind).is_some() {
+                    return true;
+                }
+                table.lock(HeldLock { owner: w.owner, range: w.range, kind: w.kind, pid: w.pid });
+                self.answers.insert((w.owner.node, w.ticket), LockAnswer::Done);
+                out.push((w.owner.node, LockMessage::Answer { epoch, ticket: w.ticket, answer: LockAnswer::Done }));
+                false
+            });
+            if waiters.len() == before {
+                break;
+            }
+            self.waiting -= before - waiters.len();
+        }
+    }
+
+    /// Panics if an invariant of this file is broken.
+    pub fn check_invariants(&self) {
+        let mut waiting = 0;
+        for (object, state) in &self.objects {
+            state.table.check_invariants();
+            for h in state.table.held() {
+                assert_eq!(self.members.get(&h.owner.node), Some(&h.owner.incarnation), "{object:?} is locked by a dead node");
+            }
+            for w in &state.waiters {
+                assert!(state.table.conflict(&w.owner, w.range, w.kind).is_some(), "{object:?}: a waiter for a free lock");
+            }
+            waiting += state.waiters.len();
+        }
+        assert_eq!(waiting, self.waiting);
+    }
+}

@@ -1,0 +1,101 @@
+//! Messages of the lock service (`Service::Lock`), encoded with `postcard`.
+//!
+//! Every message carries the epoch of its sender; a master acts only on those of its own epoch, and a client repeats what
+//! is unanswered when its epoch changes, or a session ends. What is repeated may have arrived before: requests are named by
+//! tickets, and a master answers one that it has answered again in the same way, without doing it again.
+
+use super::table::{HeldLock, LockKind, LockRange};
+use crate::api::ObjectId;
+use cluster::{Epoch, Incarnation, NodeId};
+use serde::{Deserialize, Serialize};
+
+/// A lock's owner: a kernel's lock owner number on one life of one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LockOwner {
+    /// The node.
+    pub node: NodeId,
+    /// The life of its daemon: the locks go with it.
+    pub incarnation: Incarnation,
+    /// What the kernel there calls the owner.
+    pub id: u64,
+}
+
+/// What a client wants done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum LockRequest {
+    /// Take a lock; if it conflicts, wait or be refused.
+    Lock {
+        /// How.
+        kind: LockKind,
+        /// Who asks, for `F_GETLK`.
+        pid: u32,
+        /// Whether to wait for it.
+        wait: bool,
+    },
+    /// Give up what is held of the range.
+    Unlock,
+    /// Which lock would keep this one from being taken?
+    Query {
+        /// How.
+        kind: LockKind,
+    },
+    /// No longer wait for the lock of this ticket.
+    Cancel,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum LockAnswer {
+    /// The lock is held, or given up.
+    Done,
+    /// Somebody else's lock is in the way; for a `Query`, the answer.
+    Conflict(HeldLock<LockOwner>),
+    /// `Query`: nothing is in the way.
+    Free,
+    /// `Cancel` came before the lock was granted.
+    Cancelled,
+}
+
+/// A message of the service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockMessage {
+    /// Client to master.
+    Request {
+        /// The client's epoch.
+        epoch: Epoch,
+        /// Names the request within the client's life.
+        ticket: u64,
+        /// The object.
+        object: ObjectId,
+        /// Whose lock.
+        owner: LockOwner,
+        /// Which bytes.
+        range: LockRange,
+        /// What to do.
+        request: LockRequest,
+        /// Tickets whose answers have arrived: the master need not remember them any more.
+        answered: Vec<u64>,
+    },
+    /// Master to client.
+    Answer {
+        /// The epoch in which it was granted: in a later one it says nothing, the request is repeated there.
+        epoch: Epoch,
+        /// The request's name.
+        ticket: u64,
+        /// How it ended.
+        answer: LockAnswer,
+    },
+    /// Client to every member at the start of an epoch: the locks that it holds on objects of that master.
+    Reassert {
+        /// The epoch that starts.
+        epoch: Epoch,
+        /// The client's life.
+        incarnation: Incarnation,
+        /// What it holds.
+        locks: Vec<(ObjectId, HeldLock<LockOwner>)>,
+        /// Tickets of this master that are unanswered: it need remember no other answer.
+        pending: Vec<u64>,
+        /// Whether this was the last part.
+        last: bool,
+    },
+}

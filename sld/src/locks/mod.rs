@@ -1,0 +1,287 @@
+//! Cluster-wide byte-range locks (`fcntl`, `flock`).
+//!
+//! Each object's locks are kept by its master (the same member that masters its token); a node remembers what its own
+//! processes hold, and re-asserts it when an epoch begins, so that locks outlive every change but the end of their node.
+//! A node that is cut off loses its locks with its membership.
+
+pub mod client;
+pub mod master;
+pub mod message;
+pub mod table;
+
+pub use client::{LockClient, LockOutput};
+pub use master::LockMaster;
+pub use message::{LockAnswer, LockMessage, LockOwner, LockRequest};
+pub use table::{HeldLock, LockKind, LockRange, LockTable};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ObjectId;
+    use cluster::{Epoch, Incarnation, NodeId};
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+    /// Three nodes, each a client and a master, messages in queues that a seeded schedule delivers or loses.
+    struct World {
+        random: u64,
+        epoch: u64,
+        up: BTreeMap<NodeId, Incarnation>,
+        /// The epoch and members that a node has adopted, which may be behind.
+        adopted: BTreeMap<NodeId, (u64, BTreeMap<NodeId, Incarnation>)>,
+        clients: BTreeMap<NodeId, LockClient>,
+        masters: BTreeMap<NodeId, LockMaster>,
+        early: BTreeMap<NodeId, Vec<(NodeId, LockMessage)>>,
+        wire: BTreeMap<(NodeId, NodeId), VecDeque<LockMessage>>,
+        /// Requests without an answer: whose, and the client's ticket.
+        open: BTreeSet<(NodeId, u64)>,
+        granted: u64,
+    }
+
+    const NODES: [NodeId; 3] = [NodeId(1), NodeId(2), NodeId(3)];
+
+    fn master_of(up: &BTreeMap<NodeId, Incarnation>, object: ObjectId) -> NodeId {
+        let ObjectId::Inode(n) = object else { unreachable!() };
+        let members: Vec<NodeId> = up.keys().copied().collect();
+        members[usize::try_from(n).unwrap() % members.len()]
+    }
+
+    impl World {
+        fn new(seed: u64) -> World {
+            let mut w = World {
+                random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+                epoch: 0,
+                up: BTreeMap::new(),
+                adopted: NODES.iter().map(|n| (*n, (0, BTreeMap::new()))).collect(),
+                clients: NODES.iter().map(|n| (*n, LockClient::new(*n))).collect(),
+                masters: NODES.iter().map(|n| (*n, LockMaster::default())).collect(),
+                early: BTreeMap::new(),
+                wire: BTreeMap::new(),
+                open: BTreeSet::new(),
+                granted: 0,
+            };
+            w.change(NODES.iter().map(|n| (*n, Incarnation(1))).collect());
+            w
+        }
+
+        fn below(&mut self, n: usize) -> usize {
+            self.random ^= self.random << 13;
+            self.random ^= self.random >> 7;
+            self.random ^= self.random << 17;
+            usize::try_from(self.random % n as u64).unwrap()
+        }
+
+        fn perform(&mut self, node: NodeId, outputs: Vec<LockOutput>) {
+            for output in outputs {
+                match output {
+                    LockOutput::Send(to, m) => self.wire.entry((node, to)).or_default().push_back(m),
+                    LockOutput::Answered(ticket, answer) => {
+                        assert!(self.open.remove(&(node, ticket)), "a request was answered twice");
+                        self.granted += u64::from(answer == LockAnswer::Done);
+                    }
+                    LockOutput::Lost(_) => {}
+                }
+            }
+        }
+
+        /// A new epoch is agreed on. Those who are out learn it at once (their lease is over, that is why they are out);
+        /// the others when the schedule says so.
+        fn change(&mut self, up: BTreeMap<NodeId, Incarnation>) {
+            self.epoch += 1;
+            self.up = up;
+            for node in NODES {
+                let life = self.adopted[&node].1.get(&node);
+                if life.is_some() && life != self.up.get(&node) {
+                    self.adopt(node);
+                }
+            }
+        }
+
+        fn adopt(&mut self, node: NodeId) {
+            if self.adopted[&node].0 == self.epoch {
+                return;
+            }
+            self.adopted.insert(node, (self.epoch, self.up.clone()));
+            let mut out = Vec::new();
+            if let Some(life) = self.up.get(&node) {
+                self.masters.get_mut(&node).unwrap().begin_epoch(Epoch(self.epoch), self.up.clone());
+                let members = self.up.keys().copied().collect();
+                let place = self.up.clone();
+                let client = self.clients.get_mut(&node).unwrap();
+                client.begin_epoch(Epoch(self.epoch), *life, members, &|o| master_of(&place, o), &mut out);
+            } else {
+                self.clients.get_mut(&node).unwrap().lose(&mut out);
+            }
+            self.perform(node, out);
+            self.retry_early(node);
+        }
+
+        fn retry_early(&mut self, node: NodeId) {
+            let mut sends = Vec::new();
+            let master = self.masters.get_mut(&node).unwrap();
+            let mut still = Vec::new();
+            for (from, m) in self.early.remove(&node).unwrap_or_default() {
+                still.extend(master.receive(from, m, &mut sends));
+            }
+            self.early.insert(node, still);
+            let outputs = sends.into_iter().map(|(n, m)| LockOutput::Send(n, m)).collect();
+            self.perform(node, outputs);
+        }
+
+        fn is_in(&self, node: NodeId) -> bool {
+            self.adopted[&node].1.contains_key(&node)
+        }
+
+        /// Delivers the next message of one direction.
+        fn deliver(&mut self, from: NodeId, to: NodeId) {
+            let Some(m) = self.wire.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
+            if !self.is_in(to) {
+                return;
+            }
+            let mut out = Vec::new();
+            if matches!(m, LockMessage::Answer { .. }) {
+                self.clients.get_mut(&to).unwrap().receive(from, m, &mut out);
+                return self.perform(to, out);
+            }
+            let mut sends = Vec::new();
+            let master = self.masters.get_mut(&to).unwrap();
+            let was = master.recovered();
+            if let Some(early) = master.receive(from, m, &mut sends) {
+                self.early.entry(to).or_default().push(early);
+            }
+            let now = master.recovered();
+            let outputs = sends.into_iter().map(|(n, m)| LockOutput::Send(n, m)).collect();
+            self.perform(to, outputs);
+            if now && !was {
+                self.retry_early(to);
+            }
+        }
+
+        fn lose_session(&mut self, a: NodeId, b: NodeId) {
+            self.wire.remove(&(a, b));
+            self.wire.remove(&(b, a));
+            for (node, peer) in [(a, b), (b, a)] {
+                if self.is_in(node) {
+                    let place = self.adopted[&node].1.clone();
+                    let mut out = Vec::new();
+                    self.clients.get_mut(&node).unwrap().session_ended(peer, &|o| master_of(&place, o), &mut out);
+                    self.perform(node, out);
+                }
+            }
+        }
+
+        fn step(&mut self) {
+            let node = NODES[self.below(3)];
+            let peer = NODES[self.below(3)];
+            match self.below(100) {
+                0..=59 => self.deliver(node, peer),
+                60..=64 => self.adopt(node),
+                65..=90 => {
+                    let object = ObjectId::Inode(self.below(3) as u64);
+                    let (a, b) = (self.below(8) as u64, self.below(8) as u64);
+                    let range = LockRange { start: a.min(b), end: a.max(b) };
+                    let kind = if self.below(2) == 0 { LockKind::Read } else { LockKind::Write };
+                    let request = match self.below(5) {
+                        0 => LockRequest::Lock { kind, pid: 1, wait: false },
+                        1 => LockRequest::Lock { kind, pid: 1, wait: true },
+                        2 => LockRequest::Query { kind },
+                        _ => LockRequest::Unlock,
+                    };
+                    let owner = self.below(2) as u64;
+                    let place = self.adopted[&node].1.clone();
+                    let mut out = Vec::new();
+                    let ticket = self.clients.get_mut(&node).unwrap().ask(
+                        object,
+                        owner,
+                        range,
+                        request,
+                        &|o| master_of(&place, o),
+                        &mut out,
+                    );
+                    self.open.insert((node, ticket));
+                    self.perform(node, out);
+                }
+                91..=95 => {
+                    let waiting = self.open.iter().find(|(n, _)| *n == node).copied();
+                    if let Some((_, ticket)) = waiting {
+                        self.cancel(node, ticket);
+                    }
+                }
+                96..=97 => self.lose_session(node, peer),
+                98 => {
+                    let mut up = self.up.clone();
+                    if up.len() > 1 {
+                        up.remove(&node);
+                    }
+                    self.change(up);
+                }
+                _ => {
+                    // Everybody is let (back) in; those who were out come with a new life.
+                    let up = NODES.iter().map(|n| (*n, self.up.get(n).copied().unwrap_or(Incarnation(self.epoch + 1)))).collect();
+                    self.change(up);
+                }
+            }
+            self.check();
+        }
+
+        fn cancel(&mut self, node: NodeId, ticket: u64) {
+            let place = self.adopted[&node].1.clone();
+            let mut out = Vec::new();
+            self.clients.get_mut(&node).unwrap().cancel(ticket, &|o| master_of(&place, o), &mut out);
+            self.perform(node, out);
+        }
+
+        /// No two members hold conflicting locks, as their own processes see it.
+        fn check(&self) {
+            let mut all: BTreeMap<ObjectId, LockTable<LockOwner>> = BTreeMap::new();
+            for (node, client) in &self.clients {
+                client.check_invariants();
+                assert!(self.is_in(*node) || client.relied_on().is_empty(), "a node that is out holds locks");
+                for (object, table) in &client.relied_on() {
+                    for lock in table.held() {
+                        let table = all.entry(*object).or_default();
+                        if let Some(other) = table.conflict(&lock.owner, lock.range, lock.kind) {
+                            panic!("{object:?}: {lock:?} and {other:?} in epoch {}", self.epoch);
+                        }
+                        table.lock(lock.clone());
+                    }
+                }
+            }
+            for node in self.up.keys() {
+                self.masters[node].check_invariants();
+            }
+        }
+
+        fn settle(&mut self) {
+            self.change(NODES.iter().map(|n| (*n, self.up.get(n).copied().unwrap_or(Incarnation(self.epoch + 1)))).collect());
+            for node in NODES {
+                self.adopt(node);
+            }
+            for (node, ticket) in self.open.clone() {
+                self.cancel(node, ticket);
+            }
+            while self.wire.values().any(|q| !q.is_empty()) {
+                for a in NODES {
+                    for b in NODES {
+                        self.deliver(a, b);
+                    }
+                }
+                self.check();
+            }
+            assert!(self.open.is_empty(), "a request was never answered");
+        }
+    }
+
+    #[test]
+    fn members_never_hold_conflicting_locks_and_every_request_is_answered() {
+        let mut granted = 0;
+        for seed in 1..=300 {
+            let mut w = World::new(seed);
+            for _ in 0..600 {
+                w.step();
+            }
+            w.settle();
+            granted += w.granted;
+        }
+        assert!(granted > 10_000, "the schedule hardly grants anything: {granted}");
+    }
+}

@@ -1,0 +1,366 @@
+//! The token master of the objects whose hash is this node's: who holds what, who waits, who has what open.
+//!
+//! Invariants:
+//! - At most one node holds an object exclusively, and then no other holds it at all.
+//! - Requests of one object are granted in the order in which they came; a request that needs others to give up the
+//!   token makes them do so, each asked once per request.
+//! - No grant of an object that moved to this node in this epoch before every member has asserted what it holds, and
+//!   none at all before the mirrors have recovered.
+//! - What the node that leases a region does with the region's inodes is not known here until it is asked: an unknown
+//!   inode is presumed to be held by it.
+//!
+//! Excludes: delivery (`link`), flushing before a token is given up (`holder` and the shell).
+
+use crate::api::{Mode, ObjectId};
+use crate::message::{Asserted, History, Membership, Msg, region_of};
+use cluster::{BlockNo, NodeId};
+use mirror::REGION_BLOCKS;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// A token in the hands of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Held {
+    mode: Mode,
+    /// Number of the grant; 0 for one that the node adopted.
+    seq: u64,
+    /// A revoke is on its way; no other is sent before it is answered.
+    revoking: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Waiting {
+    node: NodeId,
+    mode: Mode,
+    steal: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Entry {
+    holders: BTreeMap<NodeId, Held>,
+    queue: VecDeque<Waiting>,
+    opens: BTreeSet<NodeId>,
+    /// Whoever might have adopted it has been asked since it was last unknown.
+    asked: bool,
+}
+
+impl Entry {
+    fn is_empty(&self) -> bool {
+        self.holders.is_empty() && self.queue.is_empty() && self.opens.is_empty()
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Parts {
+    tokens: Vec<Asserted>,
+    opens: Vec<ObjectId>,
+    reserved: Vec<BlockNo>,
+}
+
+/// See the module's description.
+#[derive(Clone, Debug, Default)]
+pub struct Master {
+    objects: BTreeMap<ObjectId, Entry>,
+    /// Blocks (packed) allocated but not yet written by nodes that do not hold their region any more.
+    reserved: BTreeMap<u64, NodeId>,
+    seq: u64,
+    me: NodeId,
+    membership: Membership,
+    history: History,
+    mirrors_recovered: bool,
+    /// Members whose assertions of this epoch are not complete yet.
+    awaiting: BTreeSet<NodeId>,
+    parts: BTreeMap<NodeId, Parts>,
+    /// Number of the last grant when a node was asked to assert everything: its answer knows nothing of later ones.
+    asked_at: BTreeMap<NodeId, u64>,
+}
+
+/// Messages to send: to whom, and what.
+pub type Sends = Vec<(NodeId, Msg)>;
+
+impl Master {
+    /// A new epoch. `history` ends with `membership`.
+    pub fn epoch(&mut self, me: NodeId, membership: &Membership, history: &History) {
+        let old = std::mem::replace(&mut self.membership, membership.clone());
+        let alive = |n: &NodeId| old.up.get(n) == membership.up.get(n) && membership.up.contains_key(n);
+        let mine = |o: ObjectId| !history.moved(o) && membership.master(o).is_some_and(|(n, _)| n == me);
+        self.objects.retain(|object, e| {
+            if !mine(*object) {
+                return false;
+            }
+            e.holders.retain(|n, _| alive(n));
+            e.queue.retain(|w| alive(&w.node));
+            e.opens.retain(|n| alive(n));
+            e.asked &= !(e.holders.is_empty() && e.queue.is_empty());
+            !e.is_empty()
+        });
+        self.reserved.retain(|block, n| alive(n) && mine(ObjectId::Inode(*block)));
+        self.me = me;
+        self.history = history.clone();
+        self.mirrors_recovered = false;
+        self.awaiting = membership.up.keys().copied().collect();
+        self.parts.clear();
+        self.asked_at.clear();
+    }
+
+    /// The mirrors have recovered in this epoch: objects that did not move may be granted.
+    pub fn mirrors_recovered(&mut self, out: &mut Sends) {
+        if !self.mirrors_recovered {
+            self.mirrors_recovered = true;
+            self.pump_all(out);
+        }
+    }
+
+    /// Whether all members have asserted what they hold in this epoch.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.mirrors_recovered && self.awaiting.is_empty()
+    }
+
+    /// A message of a holder.
+    pub fn receive(&mut self, from: NodeId, msg: Msg, out: &mut Sends) {
+        match msg {
+            Msg::Request { object, mode, steal } => self.request(from, object, mode, steal, out),
+            Msg::Release { object, seq, keep, open, adopted, reserved } => {
+                self.release(from, object, seq, keep, open);
+                for a in adopted {
+                    self.register(from, a);
+                }
+                if let ObjectId::Region(mirror, _) = object {
+                    let packed = |i: &u32| BlockNo::new(cluster::MirrorId(mirror), *i).pack();
+                    self.reserved.extend(reserved.iter().map(|i| (packed(i), from)));
+                }
+                self.pump(object, out);
+            }
+            Msg::Forget { object, seq, open } => {
+                self.release(from, object, seq, None, open);
+                self.pump(object, out);
+                if !self.objects.contains_key(&object) {
+                    out.push((from, Msg::Forgotten { object }));
+                }
+            }
+            Msg::Adopted { object } => {
+                self.register(from, Asserted { object, mode: Mode::Exclusive, seq: 0 });
+            }
+            Msg::Open { object, open } => {
+                self.set_open(from, object, open);
+                self.tidy(object);
+            }
+            Msg::Unreserve { blocks } => {
+                for b in blocks {
+                    if self.reserved.get(&b.pack()) == Some(&from) {
+                        self.reserved.remove(&b.pack());
+                    }
+                }
+            }
+            Msg::Reassert { history, full, tokens, opens, reserved, last } => {
+                let parts = self.parts.entry(from).or_default();
+                parts.tokens.extend(tokens);
+                parts.opens.extend(opens);
+                parts.reserved.extend(reserved);
+                if last {
+                    let parts = self.parts.remove(&from).unwrap_or_default();
+                    if full || history == self.history.epochs() {
+                        self.asserted(from, full, parts);
+                        if self.awaiting.remove(&from) && self.awaiting.is_empty() {
+                            self.pump_all(out);
+                        }
+                    } else {
+                        self.asked_at.insert(from, self.seq);
+                        out.push((from, Msg::ReassertAll));
+                    }
+                }
+            }
+            Msg::Forgotten { .. }
+            | Msg::Denied { .. }
+            | Msg::Grant { .. }
+            | Msg::Revoke { .. }
+            | Msg::ReassertAll
+            | Msg::Nothing => {}
+        }
+    }
+
+    fn request(&mut self, from: NodeId, object: ObjectId, mode: Mode, steal: bool, out: &mut Sends) {
+        let entry = self.objects.entry(object).or_default();
+        // Asked again after an epoch change: the same place in the queue.
+        match entry.queue.iter_mut().find(|w| w.node == from) {
+            Some(w) => (w.mode, w.steal) = (mode, steal),
+            None => entry.queue.push_back(Waiting { node: from, mode, steal }),
+        }
+        self.pump(object, out);
+    }
+
+    /// Who may have adopted an object of which nothing is known.
+    fn presumed(&self, object: ObjectId) -> Option<NodeId> {
+        let ObjectId::Inode(packed) = object else { return None };
+        if let Some(node) = self.reserved.get(&packed) {
+            return Some(*node);
+        }
+        let region = self.objects.get(&region_of(BlockNo::unpack(packed)))?;
+        region.holders.iter().find(|(_, h)| h.mode == Mode::Exclusive).map(|(n, _)| *n)
+    }
+
+    fn release(&mut self, from: NodeId, object: ObjectId, seq: u64, keep: Option<Mode>, open: bool) {
+        if let Some(held) = self.objects.get_mut(&object).and_then(|e| e.holders.get_mut(&from))
+            && held.seq == seq
+        {
+            held.revoking = false;
+            match keep {
+                Some(mode) => held.mode = held.mode.min(mode),
+                None => {
+                    self.objects.get_mut(&object).and_then(|e| e.holders.remove(&from));
+                }
+            }
+        }
+        self.set_open(from, object, open);
+    }
+
+    fn set_open(&mut self, from: NodeId, object: ObjectId, open: bool) {
+        if open {
+            self.objects.entry(object).or_default().opens.insert(from);
+        } else if let Some(e) = self.objects.get_mut(&object) {
+            e.opens.remove(&from);
+        }
+    }
+
+    /// A node tells of a token that it took without asking.
+    fn register(&mut self, from: NodeId, a: Asserted) {
+        let entry = self.objects.entry(a.object).or_default();
+        let clash = entry.holders.iter().any(|(n, h)| *n != from && (h.mode == Mode::Exclusive || a.mode == Mode::Exclusive));
+        debug_assert!(!clash, "{from} asserts {a:?} against {entry:?}");
+        if clash {
+            tracing::error!(node = %from, asserted = ?a, "a token is asserted that another node holds; refused");
+            return;
+        }
+        self.seq = self.seq.max(a.seq);
+        let held = entry.holders.entry(from).or_insert(Held { mode: a.mode, seq: a.seq, revoking: false });
+        if held.seq < a.seq {
+            *held = Held { mode: a.mode, seq: a.seq, revoking: false };
+        } else {
+            held.mode = a.mode; // a revoke with a number presumed by us is on its way, and will be answered by it
+        }
+    }
+
+    fn asserted(&mut self, from: NodeId, full: bool, parts: Parts) {
+        if full {
+            let asked_at = self.asked_at.remove(&from).unwrap_or(self.seq);
+            let named: BTreeSet<ObjectId> = parts.tokens.iter().map(|a| a.object).collect();
+            let opens: BTreeSet<ObjectId> = parts.opens.iter().copied().collect();
+            for (object, e) in &mut self.objects {
+                if !named.contains(object) && e.holders.get(&from).is_some_and(|h| h.seq <= asked_at) {
+                    e.holders.remove(&from);
+                }
+                if !opens.contains(object) {
+                    e.opens.remove(&from);
+                }
+            }
+            self.reserved.retain(|_, n| *n != from);
+            self.objects.retain(|_, e| !e.is_empty());
+        }
+        for a in parts.tokens {
+            self.register(from, a);
+        }
+        for object in parts.opens {
+            self.set_open(from, object, true);
+        }
+        self.reserved.extend(parts.reserved.iter().map(|b| (b.pack(), from)));
+    }
+
+    fn pump_all(&mut self, out: &mut Sends) {
+        let waiting: Vec<ObjectId> = self.objects.iter().filter(|(_, e)| !e.queue.is_empty()).map(|(o, _)| *o).collect();
+        for object in waiting {
+            self.pump(object, out);
+        }
+    }
+
+    /// Grants what can be granted, and asks for what stands in the way of the first one that cannot.
+    fn pump(&mut self, object: ObjectId, out: &mut Sends) {
+        let ready = self.mirrors_recovered && (self.awaiting.is_empty() || !self.history.moved(object));
+        while let Some(entry) = self.objects.get_mut(&object).filter(|_| ready) {
+            let Some(first) = entry.queue.front().copied() else { break };
+            let stands = |n: &NodeId, h: &Held| *n != first.node && (first.mode == Mode::Exclusive || h.mode == Mode::Exclusive);
+            if entry.holders.iter().any(|(n, h)| stands(n, h)) {
+                if !first.steal {
+                    entry.queue.pop_front();
+                    out.push((first.node, Msg::Denied { object }));
+                    continue;
+                }
+                let keep = (first.mode == Mode::Shared).then_some(Mode::Shared);
+                for (n, h) in entry.holders.iter_mut().filter(|(n, h)| stands(n, h) && !h.revoking) {
+                    h.revoking = true;
+                    out.push((*n, Msg::Revoke { object, seq: h.seq, keep }));
+                }
+                break;
+            }
+            if entry.holders.is_empty() && !entry.asked {
+                entry.asked = true;
+                if let Some(node) = self.presumed(object).filter(|n| *n != first.node) {
+                    self.seq += 1;
+                    let held = Held { mode: Mode::Exclusive, seq: self.seq, revoking: false };
+                    self.objects.entry(object).or_default().holders.insert(node, held);
+                }
+                continue;
+            }
+            entry.queue.pop_front();
+            self.seq += 1;
+            let held = Held { mode: first.mode, seq: self.seq, revoking: false };
+            // A weaker token than the one it has would be a step back that the node has not flushed for.
+            let mode = entry.holders.get(&first.node).map_or(first.mode, |h| h.mode.max(first.mode));
+            entry.holders.insert(first.node, Held { mode, ..held });
+            let open_elsewhere = entry.opens.iter().any(|n| *n != first.node);
+            let busy = self.busy(object);
+            out.push((first.node, Msg::Grant { object, mode, seq: self.seq, open_elsewhere, busy }));
+        }
+        self.tidy(object);
+    }
+
+    /// Blocks of a region that its new lessee must not allocate: somebody knows them as inodes, or has allocated them.
+    fn busy(&self, object: ObjectId) -> Vec<u32> {
+        let ObjectId::Region(mirror, region) = object else { return Vec::new() };
+        let first = BlockNo::new(cluster::MirrorId(mirror), region * REGION_BLOCKS).pack();
+        let last = first + u64::from(REGION_BLOCKS) - 1;
+        let inodes = self.objects.range(ObjectId::Inode(first)..=ObjectId::Inode(last)).filter_map(|(o, _)| match o {
+            ObjectId::Inode(p) => Some(*p),
+            _ => None,
+        });
+        let reserved = self.reserved.range(first..=last).map(|(p, _)| *p);
+        let all: BTreeSet<u32> = inodes.chain(reserved).map(|p| BlockNo::unpack(p).index).collect();
+        all.into_iter().collect()
+    }
+
+    fn tidy(&mut self, object: ObjectId) {
+        if let Some(e) = self.objects.get_mut(&object)
+            && e.holders.is_empty()
+            && e.queue.is_empty()
+        {
+            e.asked = false;
+            if e.opens.is_empty() {
+                self.objects.remove(&object);
+            }
+        }
+    }
+
+    /// Objects that it knows of.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether it knows of none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// Panics if an invariant is broken.
+    pub fn check_invariants(&self) {
+        for (object, e) in &self.objects {
+            assert!(!e.is_empty(), "{object:?}: empty entry kept");
+            if e.holders.values().any(|h| h.mode == Mode::Exclusive) {
+                assert_eq!(e.holders.len(), 1, "{object:?}: exclusive beside others: {e:?}");
+            }
+            let nodes: BTreeSet<NodeId> = e.queue.iter().map(|w| w.node).collect();
+            assert_eq!(nodes.len(), e.queue.len(), "{object:?}: a node waits twice");
+            assert_eq!(self.membership.master(*object).map(|m| m.0), Some(self.me), "{object:?} is not this master's");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Runs simulated clusters: `sim --seed S` replays one run, `sim --seeds A..B` soaks, `sim --planted` proves that planted
+//! bugs are found.
+
+use clap::Parser;
+use std::process::ExitCode;
+use std::time::Duration;
+use tests::cluster::clock;
+use tests::sim::{Faults, Mode, Plan, Planted, Report, run};
+
+/// Simulated clusters of Pulsar.
+#[derive(Parser)]
+struct Args {
+    /// Run this seed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Run the seeds from A up to (not including) B.
+    #[arg(long, value_name = "A..B", value_parser = range)]
+    seeds: Option<(u64, u64)>,
+    /// Nodes.
+    #[arg(long, default_value_t = 3)]
+    nodes: usize,
+    /// Operations (exact), or faults and pauses (concurrent).
+    #[arg(long, default_value_t = 120)]
+    steps: usize,
+    /// What goes wrong.
+    #[arg(long, value_enum, default_value_t = Faults::All)]
+    faults: Faults,
+    /// Which workload; by default odd seeds are exact, even ones concurrent.
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Plant a bug.
+    #[arg(long, value_enum)]
+    plant: Option<Planted>,
+    /// Plant every bug in turn; each must be found within some seeds.
+    #[arg(long)]
+    planted: bool,
+    /// Go on after a failure.
+    #[arg(long)]
+    keep_going: bool,
+    /// Log what the nodes do (as RUST_LOG says).
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+fn range(text: &str) -> Result<(u64, u64), String> {
+    let (a, b) = text.split_once("..").ok_or("expected A..B")?;
+    let number = |t: &str| t.parse().map_err(|e| format!("{t}: {e}"));
+    Ok((number(a)?, number(b)?))
+}
+
+/// A run that takes longer than this of real time spins.
+const REAL_TIME: Duration = Duration::from_secs(120);
+
+fn guarded(plan: &Plan) -> Result<Report, String> {
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    let seed = plan.seed;
+    let watch = std::thread::spawn(move || {
+        if receiver.recv_timeout(REAL_TIME) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("sim: seed {seed} spins: no end after {REAL_TIME:?} of real time");
+            std::process::exit(3);
+        }
+    });
+    // An assertion of the product that fails is a finding like any other.
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(plan)));
+    drop(sender);
+    let _ = watch.join();
+    result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+        Err(format!("panic: {}", text.unwrap_or_default()))
+    })
+}
+
+fn soak(args: &Args, from: u64, to: u64) -> bool {
+    let begun = clock();
+    let mut coverage = std::collections::BTreeMap::<String, u64>::new();
+    let (mut failed, mut virtual_time) = (Vec::new(), Duration::ZERO);
+    for seed in from..to {
+        let plan = Plan {
+            seed,
+            nodes: args.nodes,
+            steps: args.steps,
+            faults: args.faults,
+            mode: args.mode.unwrap_or(if seed % 2 == 1 { Mode::Exact } else { Mode::Concurrent }),
+            planted: args.plant,
+        };
+        match guarded(&plan) {
+            Ok(report) => {
+                virtual_time += report.time;
+                for (what, count) in report.coverage {
+                    *coverage.entry(what.to_owned()).or_default() += count;
+                }
+                if from + 1 == to {
+                    println!("trace {:016x}, {:?} of virtual time", report.trace, report.time);
+                }
+            }
+            Err(what) => {
+                println!("seed {seed} FAILED ({:?}): {what}", plan.mode);
+                println!("replay: sim --seed {seed} --nodes {} --steps {} --faults {}", args.nodes, args.steps, args.faults);
+                failed.push(seed);
+                if !args.keep_going {
+                    break;
+                }
+            }
+        }
+    }
+    let took = clock().saturating_sub(begun).as_secs_f64().max(0.001);
+    let seeds = to.saturating_sub(from);
+    println!(
+        "{seeds} seeds in {took:.1} s ({:.2} seeds/s, {:.0} s of virtual time), {} failed {failed:?}",
+        seeds as f64 / took,
+        virtual_time.as_secs_f64(),
+        failed.len()
+    );
+    let shown: Vec<String> = coverage.iter().map(|(what, count)| format!("{what} {count}")).collect();
+    println!("covered: {}", shown.join(", "));
+    failed.is_empty()
+}
+
+/// Each planted bug must be found within so many seeds.
+const PLANTED_SEEDS: u64 = 40;
+
+fn planted(args: &Args) -> bool {
+    let mut all = true;
+    for bug in Planted::all() {
+        let begun = clock();
+        let found = (1..=PLANTED_SEEDS).find_map(|seed| {
+            let plan = Plan { planted: Some(bug), ..bug.plan(seed, args.nodes) };
+            // Only where the same run without the bug is clean does a failure prove anything.
+            let found = guarded(&plan).err().map(|what| (seed, what))?;
+            guarded(&Plan { planted: None, ..plan }).is_ok().then_some(found)
+        });
+        let took = clock().saturating_sub(begun).as_secs_f64();
+        match found {
+            Some((seed, what)) => {
+                let what = what.lines().next().unwrap_or_default().chars().take(140).collect::<String>();
+                println!("{bug:18} found by seed {seed} ({took:.1} s): {what}");
+            }
+            None => {
+                println!("{bug:18} NOT FOUND in {PLANTED_SEEDS} seeds ({took:.1} s)");
+                all = false;
+            }
+        }
+    }
+    all
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.verbose {
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    }
+    if !args.verbose || args.planted {
+        std::panic::set_hook(Box::new(|_| {}));
+    }
+    let good = if args.planted {
+        planted(&args)
+    } else {
+        let (from, to) = args.seeds.or(args.seed.map(|s| (s, s + 1))).unwrap_or((1, 21));
+        soak(&args, from, to)
+    };
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

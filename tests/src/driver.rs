@@ -1,0 +1,162 @@
+//! Drivers run operations on something that should behave like a POSIX file system, and compare it with the oracle.
+
+use crate::generate::{Generator, Profile, listing, shrink};
+use crate::op::{Op, Outcome, Reply, Step};
+use crate::reference::{Comparer, Oracle};
+use std::future::Future;
+
+pub mod mount;
+pub mod node;
+
+/// Something that operations can be run on.
+pub trait Driver {
+    /// Runs an operation on a node.
+    fn run(&mut self, node: usize, op: &Op) -> impl Future<Output = Outcome>;
+}
+
+/// A driver that lies now and then: proves that the comparison finds it. Every `period`th read returns the bytes of the
+/// read before it.
+pub struct Stale<D> {
+    inner: D,
+    period: u32,
+    reads: u32,
+    last: Vec<u8>,
+}
+
+impl<D> Stale<D> {
+    /// Over a driver.
+    pub fn new(inner: D, period: u32) -> Self {
+        Stale { inner, period, reads: 0, last: Vec::new() }
+    }
+}
+
+impl<D: Driver> Driver for Stale<D> {
+    async fn run(&mut self, node: usize, op: &Op) -> Outcome {
+        let outcome = self.inner.run(node, op).await;
+        let Ok(Reply::Bytes(bytes)) = &outcome else { return outcome };
+        if bytes.is_empty() || !matches!(op, Op::Read { .. }) {
+            return outcome;
+        }
+        self.reads += 1;
+        let old = std::mem::replace(&mut self.last, bytes.clone());
+        if self.reads.is_multiple_of(self.period) { Ok(Reply::Bytes(old)) } else { outcome }
+    }
+}
+
+impl Driver for Oracle {
+    async fn run(&mut self, node: usize, op: &Op) -> Outcome {
+        Oracle::run(self, node, op)
+    }
+}
+
+/// Runs steps on a driver and on the oracle; an error tells the first difference. At the end the whole trees are compared,
+/// as every node sees them.
+pub async fn compare(driver: &mut impl Driver, nodes: usize, steps: &[Step]) -> Result<(), String> {
+    let mut oracle = Oracle::new();
+    let mut comparer = Comparer::default();
+    for (at, Step { node, op }) in steps.iter().enumerate() {
+        let right = oracle.run(*node, op);
+        let got = driver.run(*node, op).await;
+        comparer.compare(op, &right, &got).map_err(|what| format!("step {at} on n{}: {what}", node + 1))?;
+    }
+    for node in 0..nodes {
+        compare_trees(driver, node, &mut oracle, &mut comparer)
+            .await
+            .map_err(|what| format!("at the end, on n{}: {what}", node + 1))?;
+    }
+    comparer.check_identities(|ino| oracle.is_live(ino))
+}
+
+/// Compares the whole tree, contents included, as one node sees it.
+pub async fn compare_trees(
+    driver: &mut impl Driver,
+    node: usize,
+    oracle: &mut Oracle,
+    comparer: &mut Comparer,
+) -> Result<(), String> {
+    use crate::op::{FileKind, OpenHow};
+    const SLOT: u8 = 250;
+    let mut ops = vec![Op::Readdir { path: String::new() }];
+    for (path, kind) in oracle.tree() {
+        ops.push(Op::Stat { path: path.clone() });
+        match kind {
+            FileKind::Dir => ops.push(Op::Readdir { path }),
+            FileKind::Symlink => ops.push(Op::Readlink { path }),
+            FileKind::File => {
+                ops.push(Op::ListXattr { path: path.clone() });
+                ops.push(Op::Open { slot: SLOT, path, how: OpenHow { read: true, ..OpenHow::default() } });
+                ops.push(Op::Read { slot: SLOT, offset: 0, len: 1 << 20 });
+                ops.push(Op::Close { slot: SLOT });
+            }
+            FileKind::Fifo | FileKind::Other => {}
+        }
+    }
+    for op in ops {
+        let right = oracle.run(node, &op);
+        let got = driver.run(node, &op).await;
+        comparer.compare(&op, &right, &got)?;
+    }
+    Ok(())
+}
+
+/// Compares a random sequence; a failing one is made short, and is in the error as a listing. `run` makes a fresh driver
+/// and calls [`compare`] for the steps it is given.
+pub fn check_seed(
+    seed: u64,
+    profile: Profile,
+    len: usize,
+    mut run: impl FnMut(&[Step]) -> Result<(), String>,
+) -> Result<(), String> {
+    let steps = Generator::sequence(seed, profile, len);
+    let Err(first) = run(&steps) else { return Ok(()) };
+    let short = shrink(steps, 400, |steps| run(steps).is_err());
+    let why = run(&short).err().unwrap_or(first);
+    Err(format!("seed {seed}: {why}\nshortest failing sequence found:\n{}", listing(&short)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mount::MountDriver;
+    use super::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn the_comparison_finds_a_driver_that_returns_stale_bytes() {
+        let profile = Profile { data_percent: 80, ..Profile::default() };
+        let found = (0..20).filter(|seed| {
+            let run = |steps: &[Step]| block_on(compare(&mut Stale::new(Oracle::new(), 3), 1, steps));
+            check_seed(*seed, profile, 200, run).is_err()
+        });
+        assert!(found.count() > 10);
+    }
+
+    /// The oracle itself is checked against the file system that the machine's temporary directory is on.
+    #[test]
+    fn the_oracle_agrees_with_the_local_file_system() {
+        // Some local file systems lack attributes or exchange; the rest is the same everywhere.
+        let root = tempfile::tempdir().unwrap();
+        let exotic = block_on(async {
+            let mut driver = MountDriver::new(vec![root.path().to_owned()]);
+            let probe =
+                Op::SetXattr { path: String::new(), name: "user.a".into(), fill: 1, len: 3, how: crate::op::XattrHow::Any };
+            driver.run(0, &probe).await.is_ok()
+        });
+        let root_user = nix::unistd::Uid::effective().is_root();
+        if !root_user {
+            return;
+        }
+        let profile = Profile { exotic, exchange: true, ..Profile::default() };
+        for seed in 0..20 {
+            let run = |steps: &[Step]| {
+                let dir = tempfile::tempdir().unwrap();
+                block_on(compare(&mut MountDriver::new(vec![dir.path().to_owned()]), 1, steps))
+            };
+            if let Err(why) = check_seed(seed, profile, 300, run) {
+                panic!("{why}");
+            }
+        }
+    }
+}

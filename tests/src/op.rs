@@ -1,0 +1,308 @@
+//! File operations as values, and what they answer: the language that the oracle and everything compared with it speak.
+
+use std::fmt;
+
+/// `errno` values, as Linux numbers them.
+pub mod errno {
+    #![allow(missing_docs)]
+    pub const EPERM: i32 = 1;
+    pub const ENOENT: i32 = 2;
+    pub const EIO: i32 = 5;
+    pub const EBADF: i32 = 9;
+    pub const EEXIST: i32 = 17;
+    pub const ENOTDIR: i32 = 20;
+    pub const EISDIR: i32 = 21;
+    pub const EINVAL: i32 = 22;
+    pub const EFBIG: i32 = 27;
+    pub const ENOSPC: i32 = 28;
+    pub const ENAMETOOLONG: i32 = 36;
+    pub const ENOTEMPTY: i32 = 39;
+    pub const ELOOP: i32 = 40;
+    pub const ENODATA: i32 = 61;
+    pub const EOPNOTSUPP: i32 = 95;
+}
+
+/// How `rename` treats an existing target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RenameFlag {
+    /// Replaces it.
+    Replace,
+    /// `RENAME_NOREPLACE`.
+    NoReplace,
+    /// `RENAME_EXCHANGE`.
+    Exchange,
+}
+
+/// What `fallocate` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallocate {
+    /// Reserves space, and grows the file if need be.
+    Allocate,
+    /// `FALLOC_FL_KEEP_SIZE`.
+    KeepSize,
+    /// `FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE`.
+    PunchHole,
+    /// `FALLOC_FL_ZERO_RANGE`.
+    ZeroRange,
+}
+
+/// How a file is opened. Always with `O_NOFOLLOW`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenHow {
+    /// For reading.
+    pub read: bool,
+    /// For writing.
+    pub write: bool,
+    /// `O_APPEND`.
+    pub append: bool,
+    /// `O_CREAT`, with mode 0644.
+    pub create: bool,
+    /// `O_EXCL`.
+    pub exclusive: bool,
+    /// `O_TRUNC`.
+    pub truncate: bool,
+}
+
+/// One file operation. Paths are relative to the root of the file system, without `.`, `..` or a slash at an end; the
+/// empty path is the root. A path's last symbolic link is not followed unless it says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Op {
+    Mkdir {
+        path: String,
+        mode: u32,
+    },
+    /// `mknod` of a regular file, or of a FIFO.
+    Mknod {
+        path: String,
+        fifo: bool,
+        mode: u32,
+    },
+    Symlink {
+        target: String,
+        path: String,
+    },
+    Link {
+        from: String,
+        to: String,
+    },
+    Unlink {
+        path: String,
+    },
+    Rmdir {
+        path: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+        flag: RenameFlag,
+    },
+    Open {
+        slot: u8,
+        path: String,
+        how: OpenHow,
+    },
+    Close {
+        slot: u8,
+    },
+    /// `pread`.
+    Read {
+        slot: u8,
+        offset: u64,
+        len: u32,
+    },
+    /// `pwrite` of bytes made from `fill` (see [`pattern`]); at the end of the file if it is open for appending.
+    Write {
+        slot: u8,
+        offset: u64,
+        len: u32,
+        fill: u32,
+    },
+    Truncate {
+        slot: u8,
+        size: u64,
+    },
+    Fallocate {
+        slot: u8,
+        what: Fallocate,
+        offset: u64,
+        len: u64,
+    },
+    Fsync {
+        slot: u8,
+    },
+    Fstat {
+        slot: u8,
+    },
+    /// `lstat`.
+    Stat {
+        path: String,
+    },
+    Readlink {
+        path: String,
+    },
+    Readdir {
+        path: String,
+    },
+    /// `open`, `fsync`, `close` of a directory.
+    FsyncDir {
+        path: String,
+    },
+    /// Follows a last symbolic link.
+    Chmod {
+        path: String,
+        mode: u32,
+    },
+    Chown {
+        path: String,
+        uid: u32,
+        gid: u32,
+    },
+    /// Sets mtime (whole seconds).
+    Utimes {
+        path: String,
+        mtime: u32,
+    },
+    SetXattr {
+        path: String,
+        name: String,
+        fill: u32,
+        len: u32,
+        how: XattrHow,
+    },
+    GetXattr {
+        path: String,
+        name: String,
+    },
+    ListXattr {
+        path: String,
+    },
+    RemoveXattr {
+        path: String,
+        name: String,
+    },
+}
+
+/// Whether `setxattr` makes or replaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XattrHow {
+    /// Either.
+    Any,
+    /// `XATTR_CREATE`.
+    Create,
+    /// `XATTR_REPLACE`.
+    Replace,
+}
+
+/// One operation, on one node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Index of the node, from 0.
+    pub node: usize,
+    /// What it does.
+    pub op: Op,
+}
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum FileKind {
+    File,
+    Dir,
+    Symlink,
+    Fifo,
+    Other,
+}
+
+/// A time stamp: seconds and nanoseconds.
+pub type Stamp = (i64, u32);
+
+/// What `stat` says, as far as it is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Identity: compared as a one-to-one relation, not as a number.
+    pub ino: u64,
+    /// What it is.
+    pub kind: FileKind,
+    /// Permission bits.
+    pub mode: u32,
+    /// Links (not compared for directories).
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Size (compared for regular files and symbolic links).
+    pub size: u64,
+    /// Modification time. From the oracle: a counter of changes.
+    pub mtime: Stamp,
+    /// Change time. From the oracle: a counter of changes.
+    pub ctime: Stamp,
+    /// From the oracle: mtime was set by `Utimes` to this.
+    pub mtime_set: Option<i64>,
+}
+
+/// What an operation answers.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// Nothing.
+    Done,
+    /// Bytes read, or an attribute's value.
+    Bytes(Vec<u8>),
+    /// Bytes written.
+    Written(u64),
+    /// Attributes.
+    Stat(Stat),
+    /// A directory's entries, sorted, without `.` and `..`.
+    Names(Vec<(String, FileKind)>),
+    /// A link's target.
+    Target(String),
+    /// Names of attributes, sorted.
+    Attributes(Vec<String>),
+}
+
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reply::Done => write!(f, "done"),
+            Reply::Bytes(b) if b.len() > 32 => {
+                write!(f, "{} bytes, fingerprint {:016x}, first {:02x?}", b.len(), hash(b), &b[..16])
+            }
+            Reply::Bytes(b) => write!(f, "bytes {b:02x?}"),
+            Reply::Written(n) => write!(f, "wrote {n}"),
+            Reply::Stat(s) => write!(f, "{s:?}"),
+            Reply::Names(n) => write!(f, "{n:?}"),
+            Reply::Target(t) => write!(f, "-> {t}"),
+            Reply::Attributes(a) => write!(f, "{a:?}"),
+        }
+    }
+}
+
+/// An operation's result: its answer, or an `errno`.
+pub type Outcome = Result<Reply, i32>;
+
+/// The bytes that a fill number stands for, from a position on: no two aligned 8-byte words of different fills or
+/// positions are likely to be equal, and none is zero.
+#[must_use]
+pub fn pattern(fill: u32, start: u64, len: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(len + 8);
+    let mut word = start / 8;
+    let skip = (start % 8) as usize;
+    while out.len() < len + skip {
+        let mut z =
+            (u64::from(fill) << 32 | 0x9e37).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ word.wrapping_mul(0xff51_afd7_ed55_8ccd);
+        z = (z ^ (z >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z ^= z >> 32;
+        out.extend_from_slice(&(z | 0x0101_0101_0101_0101).to_le_bytes());
+        word += 1;
+    }
+    out.drain(..skip);
+    out.truncate(len);
+    out
+}
+
+/// A fingerprint (FNV-1a).
+#[must_use]
+pub fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+}

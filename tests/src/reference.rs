@@ -1,0 +1,735 @@
+//! The POSIX oracle: the semantics of the file system, in memory, for one process at a time. The one definition of what is
+//! right: everything else (the file system over a disk in memory, the simulated cluster, a real mount) is compared with it.
+//!
+//! Identity and times are relations: inode numbers must be in one-to-one correspondence; a time must stay what it was
+//! while the oracle's counter of changes does, and must not go back when it rises.
+//!
+//! Excludes: permissions (the kernel checks them), crashes (`sim` has its own checkers), space.
+
+use crate::op::{Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
+use std::collections::BTreeMap;
+
+/// Longest name in bytes.
+pub const NAME_MAX: usize = 255;
+/// The largest file: 16 TiB.
+pub const FILE_SIZE_MAX: u64 = 16 << 40;
+const PAGE: u64 = 4096;
+const LINKS_FOLLOWED_MAX: u32 = 40;
+const ROOT: u64 = 1;
+
+/// A file's contents: pages that are not all zero, and a size.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Contents {
+    size: u64,
+    pages: BTreeMap<u64, Box<[u8]>>,
+}
+
+impl Contents {
+    fn read(&self, offset: u64, len: u64) -> Vec<u8> {
+        let end = offset.saturating_add(len).min(self.size);
+        if offset >= end {
+            return Vec::new();
+        }
+        let mut out = vec![0; (end - offset) as usize];
+        for (page, data) in self.pages.range(offset / PAGE..=(end - 1) / PAGE) {
+            let from = (page * PAGE).max(offset);
+            let to = ((page + 1) * PAGE).min(end);
+            out[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&data[(from - page * PAGE) as usize..(to - page * PAGE) as usize]);
+        }
+        out
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let end = offset + bytes.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let page = at / PAGE;
+            let to = ((page + 1) * PAGE).min(end);
+            let data = self.pages.entry(page).or_insert_with(|| vec![0; PAGE as usize].into_boxed_slice());
+            data[(at - page * PAGE) as usize..(to - page * PAGE) as usize]
+                .copy_from_slice(&bytes[(at - offset) as usize..(to - offset) as usize]);
+            at = to;
+        }
+        self.size = self.size.max(end);
+    }
+
+    fn zero(&mut self, offset: u64, end: u64) {
+        if offset >= end {
+            return;
+        }
+        let pages: Vec<u64> = self.pages.range(offset / PAGE..=(end - 1) / PAGE).map(|(p, _)| *p).collect();
+        for page in pages {
+            let from = (page * PAGE).max(offset) - page * PAGE;
+            let to = ((page + 1) * PAGE).min(end) - page * PAGE;
+            if from == 0 && to == PAGE {
+                self.pages.remove(&page);
+            } else if let Some(data) = self.pages.get_mut(&page) {
+                data[from as usize..to as usize].fill(0);
+            }
+        }
+    }
+
+    fn resize(&mut self, size: u64) {
+        if size < self.size {
+            self.zero(size, self.size.div_ceil(PAGE) * PAGE);
+        }
+        self.size = size;
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Body {
+    File(Contents),
+    Dir(BTreeMap<String, u64>),
+    Symlink(String),
+    Fifo,
+}
+
+#[derive(Clone, Debug)]
+struct Node {
+    body: Body,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    nlink: u32,
+    xattrs: BTreeMap<String, Vec<u8>>,
+    mtime: i64,
+    ctime: i64,
+    mtime_set: Option<i64>,
+    /// Descriptors that are open on it.
+    opens: u32,
+    /// Of a directory: the one that it is in.
+    parent: u64,
+}
+
+impl Node {
+    fn kind(&self) -> FileKind {
+        match self.body {
+            Body::File(_) => FileKind::File,
+            Body::Dir(_) => FileKind::Dir,
+            Body::Symlink(_) => FileKind::Symlink,
+            Body::Fifo => FileKind::Fifo,
+        }
+    }
+
+    fn is_dir(&self) -> bool {
+        matches!(self.body, Body::Dir(_))
+    }
+}
+
+/// The oracle: one file system, and the descriptors that processes have open on it.
+#[derive(Clone, Debug)]
+pub struct Oracle {
+    nodes: BTreeMap<u64, Node>,
+    next: u64,
+    tick: i64,
+    slots: BTreeMap<(usize, u8), (u64, OpenHow)>,
+}
+
+impl Default for Oracle {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Oracle {
+    /// An empty file system.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut oracle = Oracle { nodes: BTreeMap::new(), next: ROOT, tick: 0, slots: BTreeMap::new() };
+        let root = oracle.insert(Body::Dir(BTreeMap::new()), 0o755, ROOT);
+        debug_assert_eq!(root, ROOT);
+        oracle
+    }
+
+    fn insert(&mut self, body: Body, mode: u32, parent: u64) -> u64 {
+        let ino = self.next;
+        self.next += 1;
+        let nlink = if matches!(body, Body::Dir(_)) { 2 } else { 1 };
+        let tick = self.tick;
+        let node = Node {
+            body,
+            mode,
+            uid: 0,
+            gid: 0,
+            nlink,
+            xattrs: BTreeMap::new(),
+            mtime: tick,
+            ctime: tick,
+            mtime_set: None,
+            opens: 0,
+            parent,
+        };
+        self.nodes.insert(ino, node);
+        ino
+    }
+
+    fn node(&self, ino: u64) -> &Node {
+        &self.nodes[&ino]
+    }
+
+    fn node_mut(&mut self, ino: u64) -> &mut Node {
+        self.nodes.get_mut(&ino).expect("the oracle's inode is there")
+    }
+
+    fn dir(&self, ino: u64) -> Result<&BTreeMap<String, u64>, i32> {
+        match &self.node(ino).body {
+            Body::Dir(entries) => Ok(entries),
+            _ => Err(ENOTDIR),
+        }
+    }
+
+    fn entries(&mut self, ino: u64) -> &mut BTreeMap<String, u64> {
+        match &mut self.node_mut(ino).body {
+            Body::Dir(entries) => entries,
+            _ => unreachable!("checked to be a directory"),
+        }
+    }
+
+    /// Walks to the directory of a path's last name.
+    fn parent<'a>(&self, path: &'a str) -> Result<(u64, &'a str), i32> {
+        let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let dir = self.resolve(dir, true)?;
+        self.dir(dir)?;
+        Ok((dir, name))
+    }
+
+    fn child(&self, dir: u64, name: &str) -> Result<u64, i32> {
+        let entries = self.dir(dir)?;
+        if name.len() > NAME_MAX {
+            return Err(ENAMETOOLONG);
+        }
+        entries.get(name).copied().ok_or(ENOENT)
+    }
+
+    fn resolve(&self, path: &str, follow: bool) -> Result<u64, i32> {
+        let mut followed = 0;
+        self.walk(ROOT, path, follow, &mut followed)
+    }
+
+    fn walk(&self, start: u64, path: &str, follow: bool, followed: &mut u32) -> Result<u64, i32> {
+        let mut at = start;
+        let mut names = path.split('/').filter(|n| !n.is_empty()).peekable();
+        while let Some(name) = names.next() {
+            let dir = at;
+            let child = self.child(dir, name)?;
+            at = child;
+            if let Body::Symlink(target) = &self.node(child).body
+                && (follow || names.peek().is_some())
+            {
+                *followed += 1;
+                if *followed > LINKS_FOLLOWED_MAX {
+                    return Err(ELOOP);
+                }
+                at = self.walk(dir, target, true, followed)?;
+            }
+        }
+        Ok(at)
+    }
+
+    fn slot(&self, node: usize, slot: u8) -> Result<(u64, OpenHow), i32> {
+        self.slots.get(&(node, slot)).copied().ok_or(EBADF)
+    }
+
+    /// Whether an operation would open a FIFO, which can block, or a directory (which, once it is removed on another node,
+    /// cannot be asked for anything): generators leave such operations out.
+    #[must_use]
+    pub fn opens_unsuited(&self, op: &Op) -> bool {
+        let Op::Open { path, how, .. } = op else { return false };
+        self.resolve(path, false).is_ok_and(|ino| match self.node(ino).kind() {
+            FileKind::Fifo => true,
+            FileKind::Dir => !how.write && !how.create,
+            _ => false,
+        })
+    }
+
+    /// All paths, in order, with what they are.
+    #[must_use]
+    pub fn tree(&self) -> Vec<(String, FileKind)> {
+        let mut out = Vec::new();
+        self.tree_below(ROOT, "", &mut out);
+        out
+    }
+
+    fn tree_below(&self, dir: u64, prefix: &str, out: &mut Vec<(String, FileKind)>) {
+        let Body::Dir(entries) = &self.node(dir).body else { return };
+        for (name, ino) in entries {
+            let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
+            out.push((path.clone(), self.node(*ino).kind()));
+            self.tree_below(*ino, &path, out);
+        }
+    }
+
+    /// A node's process died: its descriptors are closed.
+    pub fn close_all(&mut self, node: usize) {
+        let slots: Vec<_> = self.slots.range((node, 0)..=(node, u8::MAX)).map(|(k, _)| *k).collect();
+        for (_, slot) in slots {
+            let _ = self.close(node, slot);
+        }
+    }
+
+    fn close(&mut self, node: usize, slot: u8) -> Outcome {
+        let (ino, _) = self.slots.remove(&(node, slot)).ok_or(EBADF)?;
+        self.node_mut(ino).opens -= 1;
+        self.reap(ino);
+        Ok(Reply::Done)
+    }
+
+    fn reap(&mut self, ino: u64) {
+        let node = self.node(ino);
+        if node.nlink == 0 && node.opens == 0 {
+            self.nodes.remove(&ino);
+        }
+    }
+
+    fn touch_data(&mut self, ino: u64) {
+        let tick = self.tick;
+        let node = self.node_mut(ino);
+        node.mtime = tick;
+        node.ctime = tick;
+        node.mtime_set = None;
+    }
+
+    fn touch_inode(&mut self, ino: u64) {
+        let tick = self.tick;
+        self.node_mut(ino).ctime = tick;
+    }
+
+    fn create(&mut self, path: &str, body: Body, mode: u32) -> Result<u64, i32> {
+        let (dir, name) = self.parent(path)?;
+        if name.is_empty() {
+            return Err(EEXIST);
+        }
+        match self.child(dir, name) {
+            Ok(_) => return Err(EEXIST),
+            Err(ENOENT) => {}
+            Err(e) => return Err(e),
+        }
+        let is_dir = matches!(body, Body::Dir(_));
+        let ino = self.insert(body, mode, dir);
+        self.entries(dir).insert(name.to_owned(), ino);
+        self.touch_data(dir);
+        if is_dir {
+            self.node_mut(dir).nlink += 1;
+        }
+        Ok(ino)
+    }
+
+    /// Takes a name's link from an inode that no longer has it.
+    fn drop_link(&mut self, ino: u64) {
+        self.touch_inode(ino);
+        let node = self.node_mut(ino);
+        if node.is_dir() {
+            node.nlink = 0;
+            let parent = node.parent;
+            self.node_mut(parent).nlink -= 1;
+        } else {
+            node.nlink -= 1;
+        }
+        self.reap(ino);
+    }
+
+    /// Runs an operation of a node.
+    pub fn run(&mut self, node: usize, op: &Op) -> Outcome {
+        self.tick += 1;
+        match op {
+            Op::Mkdir { path, mode } => self.create(path, Body::Dir(BTreeMap::new()), *mode).map(|_| Reply::Done),
+            Op::Mknod { path, fifo, mode } => {
+                let body = if *fifo { Body::Fifo } else { Body::File(Contents::default()) };
+                self.create(path, body, *mode).map(|_| Reply::Done)
+            }
+            Op::Symlink { target, path } => self.create(path, Body::Symlink(target.clone()), 0o777).map(|_| Reply::Done),
+            Op::Link { from, to } => self.link(from, to),
+            Op::Unlink { path } => self.unlink(path),
+            Op::Rmdir { path } => self.rmdir(path),
+            Op::Rename { from, to, flag } => self.rename(from, to, *flag),
+            Op::Open { slot, path, how } => self.open(node, *slot, path, *how),
+            Op::Close { slot } => self.close(node, *slot),
+            Op::Read { slot, offset, len } => {
+                let (ino, how) = self.slot(node, *slot)?;
+                if !how.read {
+                    return Err(EBADF);
+                }
+                match &self.node(ino).body {
+                    Body::File(contents) => Ok(Reply::Bytes(contents.read(*offset, u64::from(*len)))),
+                    _ => Err(EISDIR),
+                }
+            }
+            Op::Write { slot, offset, len, fill } => self.write(node, *slot, *offset, *len, *fill),
+            Op::Truncate { slot, size } => {
+                let (ino, how) = self.slot(node, *slot)?;
+                if !how.write {
+                    return Err(EINVAL);
+                }
+                if *size > FILE_SIZE_MAX {
+                    return Err(EFBIG);
+                }
+                if let Body::File(contents) = &mut self.node_mut(ino).body {
+                    contents.resize(*size);
+                }
+                self.touch_data(ino);
+                Ok(Reply::Done)
+            }
+            Op::Fallocate { slot, what, offset, len } => self.fallocate(node, *slot, *what, *offset, *len),
+            Op::Fsync { slot } => self.slot(node, *slot).map(|_| Reply::Done),
+            Op::Fstat { slot } => self.slot(node, *slot).map(|(ino, _)| self.stat(ino)),
+            Op::Stat { path } => self.resolve(path, false).map(|ino| self.stat(ino)),
+            Op::Readlink { path } => match &self.node(self.resolve(path, false)?).body {
+                Body::Symlink(target) => Ok(Reply::Target(target.clone())),
+                _ => Err(EINVAL),
+            },
+            Op::Readdir { path } => {
+                let dir = self.resolve(path, true)?;
+                let names = self.dir(dir)?.iter().map(|(name, ino)| (name.clone(), self.node(*ino).kind())).collect();
+                Ok(Reply::Names(names))
+            }
+            Op::FsyncDir { path } => {
+                let dir = self.resolve(path, true)?;
+                self.dir(dir)?;
+                Ok(Reply::Done)
+            }
+            Op::Chmod { path, mode } => {
+                let ino = self.resolve(path, true)?;
+                self.node_mut(ino).mode = *mode;
+                self.touch_inode(ino);
+                Ok(Reply::Done)
+            }
+            Op::Chown { path, uid, gid } => {
+                let ino = self.resolve(path, true)?;
+                let node = self.node_mut(ino);
+                (node.uid, node.gid) = (*uid, *gid);
+                self.touch_inode(ino);
+                Ok(Reply::Done)
+            }
+            Op::Utimes { path, mtime } => {
+                let ino = self.resolve(path, true)?;
+                self.touch_data(ino);
+                self.node_mut(ino).mtime_set = Some(i64::from(*mtime));
+                Ok(Reply::Done)
+            }
+            Op::SetXattr { path, name, fill, len, how } => {
+                let ino = self.attributed(path, EPERM)?;
+                let known = self.node(ino).xattrs.contains_key(name);
+                match how {
+                    XattrHow::Create if known => return Err(EEXIST),
+                    XattrHow::Replace if !known => return Err(ENODATA),
+                    _ => {}
+                }
+                self.node_mut(ino).xattrs.insert(name.clone(), pattern(*fill, 0, *len as usize));
+                self.touch_inode(ino);
+                Ok(Reply::Done)
+            }
+            Op::GetXattr { path, name } => {
+                let ino = self.attributed(path, ENODATA)?;
+                self.node(ino).xattrs.get(name).cloned().map(Reply::Bytes).ok_or(ENODATA)
+            }
+            Op::ListXattr { path } => {
+                let ino = self.resolve(path, true)?;
+                Ok(Reply::Attributes(self.node(ino).xattrs.keys().cloned().collect()))
+            }
+            Op::RemoveXattr { path, name } => {
+                let ino = self.attributed(path, EPERM)?;
+                self.node_mut(ino).xattrs.remove(name).ok_or(ENODATA)?;
+                self.touch_inode(ino);
+                Ok(Reply::Done)
+            }
+        }
+    }
+
+    /// An inode that may have `user.` attributes: a file or a directory.
+    fn attributed(&self, path: &str, otherwise: i32) -> Result<u64, i32> {
+        let ino = self.resolve(path, true)?;
+        match self.node(ino).kind() {
+            FileKind::File | FileKind::Dir => Ok(ino),
+            _ => Err(otherwise),
+        }
+    }
+
+    fn stat(&self, ino: u64) -> Reply {
+        let node = self.node(ino);
+        let size = match &node.body {
+            Body::File(contents) => contents.size,
+            Body::Symlink(target) => target.len() as u64,
+            _ => 0,
+        };
+        Reply::Stat(Stat {
+            ino,
+            kind: node.kind(),
+            mode: node.mode,
+            nlink: node.nlink,
+            uid: node.uid,
+            gid: node.gid,
+            size,
+            mtime: (node.mtime, 0),
+            ctime: (node.ctime, 0),
+            mtime_set: node.mtime_set,
+        })
+    }
+
+    fn link(&mut self, from: &str, to: &str) -> Outcome {
+        let ino = self.resolve(from, false)?;
+        let (dir, name) = self.parent(to)?;
+        match self.child(dir, name) {
+            Ok(_) => return Err(EEXIST),
+            Err(ENOENT) => {}
+            Err(e) => return Err(e),
+        }
+        if self.node(ino).is_dir() {
+            return Err(EPERM);
+        }
+        self.entries(dir).insert(name.to_owned(), ino);
+        self.node_mut(ino).nlink += 1;
+        self.touch_inode(ino);
+        self.touch_data(dir);
+        Ok(Reply::Done)
+    }
+
+    fn unlink(&mut self, path: &str) -> Outcome {
+        let (dir, name) = self.parent(path)?;
+        let ino = self.child(dir, name)?;
+        if self.node(ino).is_dir() {
+            return Err(EISDIR);
+        }
+        self.entries(dir).remove(name);
+        self.touch_data(dir);
+        self.drop_link(ino);
+        Ok(Reply::Done)
+    }
+
+    fn rmdir(&mut self, path: &str) -> Outcome {
+        let (dir, name) = self.parent(path)?;
+        let ino = self.child(dir, name)?;
+        if !self.dir(ino)?.is_empty() {
+            return Err(ENOTEMPTY);
+        }
+        self.entries(dir).remove(name);
+        self.touch_data(dir);
+        self.drop_link(ino);
+        Ok(Reply::Done)
+    }
+
+    /// Whether `dir` is `ancestor` or below it.
+    fn is_below(&self, dir: u64, ancestor: u64) -> bool {
+        let mut at = dir;
+        loop {
+            if at == ancestor {
+                return true;
+            }
+            if at == ROOT {
+                return false;
+            }
+            at = self.node(at).parent;
+        }
+    }
+
+    fn rename(&mut self, from: &str, to: &str, flag: RenameFlag) -> Outcome {
+        let (from_dir, from_name) = self.parent(from)?;
+        let (to_dir, to_name) = self.parent(to)?;
+        let moved = self.child(from_dir, from_name)?;
+        let target = match self.child(to_dir, to_name) {
+            Ok(target) => Some(target),
+            Err(ENOENT) => None,
+            Err(e) => return Err(e),
+        };
+        match (flag, target) {
+            (RenameFlag::NoReplace, Some(_)) => return Err(EEXIST),
+            (RenameFlag::Exchange, None) => return Err(ENOENT),
+            _ => {}
+        }
+        let moves_dir = self.node(moved).is_dir();
+        if moves_dir && self.is_below(to_dir, moved) {
+            return Err(EINVAL);
+        }
+        if let Some(target) = target
+            && self.node(target).is_dir()
+            && self.is_below(from_dir, target)
+        {
+            return Err(if flag == RenameFlag::Exchange { EINVAL } else { ENOTEMPTY });
+        }
+        if target == Some(moved) {
+            return Ok(Reply::Done);
+        }
+        if let Some(target) = target {
+            if flag == RenameFlag::Exchange {
+                self.entries(from_dir).insert(from_name.to_owned(), target);
+                self.entries(to_dir).insert(to_name.to_owned(), moved);
+                self.reparent(moved, to_dir);
+                self.reparent(target, from_dir);
+                for ino in [moved, target] {
+                    self.touch_inode(ino);
+                }
+                self.touch_data(from_dir);
+                self.touch_data(to_dir);
+                return Ok(Reply::Done);
+            }
+            match (moves_dir, &self.node(target).body) {
+                (true, Body::Dir(entries)) if !entries.is_empty() => return Err(ENOTEMPTY),
+                (true, Body::Dir(_)) => {}
+                (true, _) => return Err(ENOTDIR),
+                (false, Body::Dir(_)) => return Err(EISDIR),
+                (false, _) => {}
+            }
+        }
+        self.entries(from_dir).remove(from_name);
+        self.entries(to_dir).insert(to_name.to_owned(), moved);
+        self.touch_inode(moved);
+        self.touch_data(from_dir);
+        self.touch_data(to_dir);
+        if let Some(target) = target {
+            self.drop_link(target);
+        }
+        self.reparent(moved, to_dir);
+        Ok(Reply::Done)
+    }
+
+    fn reparent(&mut self, ino: u64, to: u64) {
+        if self.node(ino).is_dir() {
+            let old = self.node(ino).parent;
+            self.node_mut(old).nlink -= 1;
+            self.node_mut(to).nlink += 1;
+            self.node_mut(ino).parent = to;
+        }
+    }
+
+    fn open(&mut self, node: usize, slot: u8, path: &str, how: OpenHow) -> Outcome {
+        let found = match self.resolve(path, false) {
+            Err(ENOENT) if how.create => None,
+            found => Some(found?),
+        };
+        let ino = match found {
+            Some(_) if how.create && how.exclusive => return Err(EEXIST),
+            Some(ino) => {
+                match &self.node(ino).body {
+                    Body::Symlink(_) => return Err(ELOOP),
+                    Body::Dir(_) if how.write || how.create || how.truncate => return Err(EISDIR),
+                    _ => {}
+                }
+                if how.truncate {
+                    if let Body::File(contents) = &mut self.node_mut(ino).body {
+                        contents.resize(0);
+                    }
+                    self.touch_data(ino);
+                }
+                ino
+            }
+            None => self.create(path, Body::File(Contents::default()), 0o644)?,
+        };
+        self.node_mut(ino).opens += 1;
+        if let Some((old, _)) = self.slots.insert((node, slot), (ino, how)) {
+            // The driver closes what was open in the slot before.
+            self.node_mut(old).opens -= 1;
+            self.reap(old);
+        }
+        Ok(Reply::Done)
+    }
+
+    fn write(&mut self, node: usize, slot: u8, offset: u64, len: u32, fill: u32) -> Outcome {
+        let (ino, how) = self.slot(node, slot)?;
+        if !how.write {
+            return Err(EBADF);
+        }
+        if len == 0 {
+            return Ok(Reply::Written(0));
+        }
+        let Body::File(contents) = &mut self.node_mut(ino).body else { return Err(EBADF) };
+        let offset = if how.append { contents.size } else { offset };
+        if offset.saturating_add(u64::from(len)) > FILE_SIZE_MAX {
+            return Err(EFBIG);
+        }
+        contents.write(offset, &pattern(fill, 0, len as usize));
+        self.touch_data(ino);
+        Ok(Reply::Written(u64::from(len)))
+    }
+
+    fn fallocate(&mut self, node: usize, slot: u8, what: Fallocate, offset: u64, len: u64) -> Outcome {
+        let (ino, how) = self.slot(node, slot)?;
+        if !how.write {
+            return Err(EBADF);
+        }
+        let Some(end) = offset.checked_add(len).filter(|end| *end <= FILE_SIZE_MAX) else { return Err(EFBIG) };
+        let Body::File(contents) = &mut self.node_mut(ino).body else { return Err(EBADF) };
+        match what {
+            Fallocate::Allocate => contents.size = contents.size.max(end),
+            Fallocate::KeepSize => {}
+            Fallocate::PunchHole => {
+                let to = end.min(contents.size.div_ceil(PAGE) * PAGE);
+                contents.zero(offset, to);
+            }
+            Fallocate::ZeroRange => {
+                let to = end.min(contents.size.div_ceil(PAGE) * PAGE);
+                contents.zero(offset, to);
+                contents.size = contents.size.max(end);
+            }
+        }
+        self.touch_data(ino);
+        Ok(Reply::Done)
+    }
+}
+
+/// Compares answers with the oracle's: keeps the relations of identities and times.
+#[derive(Clone, Debug, Default)]
+pub struct Comparer {
+    real_of: BTreeMap<u64, u64>,
+    times: BTreeMap<u64, (Stat, Stat)>,
+}
+
+impl Comparer {
+    /// An error says how an answer differs from what is right.
+    pub fn compare(&mut self, op: &Op, right: &Outcome, got: &Outcome) -> Result<(), String> {
+        let wrong = || Err(format!("{op:?}: expected {right:?}, got {got:?}"));
+        match (right, got) {
+            (Ok(Reply::Stat(right)), Ok(Reply::Stat(got))) => {
+                self.compare_stat(right, got).map_err(|what| format!("{op:?}: {what}: expected {right:?}, got {got:?}"))
+            }
+            (right, got) if right == got => Ok(()),
+            _ => wrong(),
+        }
+    }
+
+    fn compare_stat(&mut self, right: &Stat, got: &Stat) -> Result<(), &'static str> {
+        let same = |a: bool, what| if a { Ok(()) } else { Err(what) };
+        same(right.kind == got.kind, "kind")?;
+        same(right.mode == got.mode, "mode")?;
+        same((right.uid, right.gid) == (got.uid, got.gid), "owner")?;
+        same(right.kind == FileKind::Dir || right.nlink == got.nlink, "nlink")?;
+        let sized = matches!(right.kind, FileKind::File | FileKind::Symlink);
+        same(!sized || right.size == got.size, "size")?;
+        same(*self.real_of.entry(right.ino).or_insert(got.ino) == got.ino, "identity: another inode number than before")?;
+        if let Some(seconds) = right.mtime_set {
+            same(got.mtime == (seconds, 0), "mtime is not what was set")?;
+        }
+        if let Some((old_right, old_got)) = self.times.insert(right.ino, (*right, *got)) {
+            if old_right.mtime == right.mtime {
+                same(old_got.mtime == got.mtime, "mtime changed without a change of the data")?;
+            } else if right.mtime_set.is_none() && old_right.mtime_set.is_none() {
+                same(old_got.mtime <= got.mtime, "mtime went back")?;
+            }
+            if old_right.ctime == right.ctime {
+                same(old_got.ctime == got.ctime, "ctime changed without a change of the inode")?;
+            } else {
+                same(old_got.ctime <= got.ctime, "ctime went back")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Two inodes that live at the same time must differ: no two oracle inodes seen have one number.
+    pub fn check_identities(&self, live: impl Fn(u64) -> bool) -> Result<(), String> {
+        let mut seen = BTreeMap::new();
+        for (oracle, real) in self.real_of.iter().filter(|(o, _)| live(**o)) {
+            if let Some(other) = seen.insert(*real, *oracle) {
+                return Err(format!("two files have inode number {real} (the oracle's {oracle} and {other})"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Oracle {
+    /// Whether an inode of the oracle still exists.
+    #[must_use]
+    pub fn is_live(&self, ino: u64) -> bool {
+        self.nodes.contains_key(&ino)
+    }
+}
