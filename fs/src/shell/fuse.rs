@@ -92,14 +92,15 @@ impl<D: Disk> Front<D> {
     }
 
     /// Answers with a name that was looked up or made. `exact`: the kernel itself drops attributes that an invalidation
-    /// overtakes (LOOKUP).
-    fn entry(&self, start: Moment, parent: INodeNo, result: Result<Attributes, FsError>, exact: bool, reply: ReplyEntry) {
+    /// overtakes (LOOKUP), when asked by this thread.
+    fn entry(&self, start: Moment, parent: INodeNo, result: Result<Attributes, FsError>, exact: Option<u32>, reply: ReplyEntry) {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
                 let names = self.known.tell_name(start, parent.0, false, self.names_lifetime());
-                let ttl = if exact { self.lifetime() } else { Duration::ZERO };
-                let ttl = self.known.tell(start, node, attributes.generation, Self::told(&attributes), true, ttl);
+                let ttl = exact.map_or(Duration::ZERO, |_| self.lifetime());
+                let ttl =
+                    self.known.tell(start, exact.unwrap_or(0), node, attributes.generation, Self::told(&attributes), true, ttl);
                 let generation = Generation(attributes.generation);
                 reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
             }
@@ -113,7 +114,7 @@ impl<D: Disk> Front<D> {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
                 let generation = attributes.generation;
-                self.known.tell(start, node, generation, Self::told(&attributes), false, Duration::ZERO);
+                self.known.tell(start, 0, node, generation, Self::told(&attributes), false, Duration::ZERO);
                 reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
             }
             Err(error) => reply.error(errno(&error)),
@@ -250,8 +251,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
+            let _asking = front.known.ask();
             let result = front.fs.lookup(front.identity.ino(parent), &name).await;
-            front.entry(start, parent, result, true, reply);
+            front.entry(start, parent, result, Some(caller.pid), reply);
         });
     }
 
@@ -263,6 +265,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         operation!(self, request, |front, start, caller| {
+            let _asking = front.known.ask();
             let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
                 Ok(attributes) => attributes,
                 Err(error) => return reply.error(errno(&error)),
@@ -274,7 +277,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 front.notify.purge(ino.0).await;
                 front.known.purged(ino.0, told);
             }
-            let ttl = front.known.tell(start, ino.0, attributes.generation, told, false, front.lifetime());
+            let ttl = front.known.tell(start, caller.pid, ino.0, attributes.generation, told, false, front.lifetime());
             reply.attr(&ttl, &front.identity.attributes(&attributes));
         });
     }
@@ -326,7 +329,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, node, mode & 0o7777).await;
-            front.entry(start, parent, result, false, reply);
+            front.entry(start, parent, result, None, reply);
         });
     }
 
@@ -334,7 +337,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Directory, mode & 0o7777).await;
-            front.entry(start, parent, result, false, reply);
+            front.entry(start, parent, result, None, reply);
         });
     }
 
@@ -343,7 +346,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let target = target.as_os_str().as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Symlink(&target), 0o777).await;
-            front.entry(start, parent, result, false, reply);
+            front.entry(start, parent, result, None, reply);
         });
     }
 
@@ -383,7 +386,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.link(front.identity.ino(ino), front.identity.ino(parent), &name).await;
-            front.entry(start, parent, result, false, reply);
+            front.entry(start, parent, result, None, reply);
         });
     }
 
@@ -422,7 +425,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                     let node = front.identity.node(attributes.ino);
                     let generation = attributes.generation;
                     // One lifetime for name and attributes: none, since these may be overtaken.
-                    front.known.tell(start, node, generation, Front::<D>::told(&attributes), true, Duration::ZERO);
+                    front.known.tell(start, 0, node, generation, Front::<D>::told(&attributes), true, Duration::ZERO);
                     reply.created(
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
@@ -456,7 +459,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
                 Ok(data) => {
                     if fills_pages {
-                        front.known.tell_pages(ino.0, data.version());
+                        front.known.tell_pages(ino.0, caller.pid, data.version());
                     }
                     reply.data(&data.contiguous());
                 }
@@ -601,6 +604,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn readdirplus(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
         operation!(self, request, |front, start, caller| {
+            let _asking = front.known.ask();
             let identity = &front.identity;
             let names = front.known.tell_name(start, ino.0, true, front.names_lifetime());
             let result = front
@@ -614,7 +618,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         let generation = attributes.generation;
                         let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
                         let told = Front::<D>::told(attributes);
-                        let ttl = front.known.tell(start, node, generation, told, counts, names);
+                        let ttl = front.known.tell(start, caller.pid, node, generation, told, counts, names);
                         let attributes = identity.attributes(attributes);
                         let name = OsStr::from_bytes(&entry.name);
                         let full = reply.add(

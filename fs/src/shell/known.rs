@@ -8,16 +8,22 @@
 //!   revocation, which then tells the kernel. So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - One (mtime, size) stands for one data version in `told`; an answer that would break this first purges the pages.
+//! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
 //!
 //! Excludes: telling the kernel (`notify`), and what the answers mean (`fuse`).
 //!
 //! Why replies need no lock: the kernel notes its attribute version (and its epoch) when it *sends* LOOKUP, GETATTR and
 //! READDIRPLUS, and drops from the answer what an invalidation has overtaken. It does not do so for SETATTR, CREATE, MKDIR
 //! and the like: their answers carry attributes with a lifetime of zero.
+//!
+//! What is dropped is lost: the `read()` that asked goes on with the size that the kernel had before. That is right only if this
+//! was true when the `read()` began, so an invalidation must never overtake the first answer since the inode was revoked. Hence
+//! *settling*: that answer is given no lifetime, so that a further revocation has nothing to take back and sends nothing. When
+//! the same thread comes again it has taken its answer in, and from then on losing one harms nobody.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -29,6 +35,13 @@ const TOLD_MAX: usize = 8;
 /// After another node changed a directory, names in it are not cached for this long: it is probably being written by both,
 /// and every revocation would throw away all names of the mount.
 const SHARED_DIRECTORY: Duration = Duration::from_millis(1000);
+
+/// Who asked about an inode will ask again within this time, or has stopped doing so.
+const ASKS_AGAIN: Duration = Duration::from_secs(2);
+/// Until requests that are under way may have been answered.
+const BUSY: Duration = Duration::from_millis(3);
+/// Threads remembered per inode that were answered and have not come again.
+const ANSWERED_MAX: usize = 4;
 
 /// Numbers revocations: taken when an operation begins, compared when it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,15 +64,54 @@ struct Inode {
     generation: u64,
     revoked: u64,
     revoked_at: Option<Instant>,
+    asked_at: Option<Instant>,
     attributes: bool,
     names: bool,
     listed: bool,
     /// The oldest data version that the kernel's pages may hold; `None`: it has no pages.
     pages: Option<u64>,
     told: Vec<Told>,
+    /// The kernel has surely taken in an answer since the last revocation.
+    settled: bool,
+    /// Threads that were answered since the last revocation.
+    answered: Vec<u32>,
 }
 
 impl Inode {
+    /// A thread that was answered before is here again, so it has taken that answer in.
+    fn heard(&mut self, thread: u32) {
+        if !self.settled && thread != 0 && self.answered.contains(&thread) {
+            self.settled = true;
+            self.answered.clear();
+        }
+    }
+
+    fn answer(&mut self, thread: u32) {
+        if !self.settled && thread != 0 {
+            if self.answered.len() == ANSWERED_MAX {
+                self.answered.remove(0);
+            }
+            self.answered.push(thread);
+        }
+    }
+
+    fn revoke(&mut self, number: u64) -> Forgotten {
+        let forgotten = Forgotten {
+            attributes: self.attributes,
+            names: self.names,
+            listed: self.listed,
+            pages: self.pages.is_some(),
+            revocation: Revocation(number),
+        };
+        self.revoked = number;
+        self.attributes = false;
+        self.names = false;
+        self.listed = false;
+        self.settled = false;
+        self.answered.clear();
+        forgotten
+    }
+
     fn conflicts(&self, new: Told) -> bool {
         self.told.iter().any(|t| t.mtime == new.mtime && t.size == new.size && t.version != new.version)
     }
@@ -75,6 +127,10 @@ impl Inode {
     }
 }
 
+/// Names one revocation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Revocation(u64);
+
 /// What must be told to the kernel about a revoked inode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Forgotten {
@@ -86,6 +142,29 @@ pub(crate) struct Forgotten {
     pub(crate) listed: bool,
     /// It has pages, which memory mappings go on using until they are purged.
     pub(crate) pages: bool,
+    /// Which revocation this is.
+    pub(crate) revocation: Revocation,
+}
+
+/// Whether a revoked inode's pages should be purged for the sake of memory mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refresh {
+    /// They are gone, or go with an answer.
+    Needless,
+    /// Purging could make the kernel drop answers that are on their way: not before this time has passed.
+    Later(Duration),
+    /// Yes.
+    Now,
+}
+
+/// A request whose answer carries attributes is under way.
+#[derive(Debug)]
+pub(crate) struct Asking<'a>(&'a AtomicUsize);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// The table.
@@ -93,11 +172,22 @@ pub(crate) struct Forgotten {
 pub(crate) struct Known {
     shards: Vec<Mutex<HashMap<u64, Inode>>>,
     revocations: AtomicU64,
+    asking: AtomicUsize,
 }
 
 impl Known {
     pub(crate) fn new() -> Self {
-        Known { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), revocations: AtomicU64::new(1) }
+        Known {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            revocations: AtomicU64::new(1),
+            asking: AtomicUsize::new(0),
+        }
+    }
+
+    /// To be held from the arrival of LOOKUP, GETATTR and READDIRPLUS to their answers.
+    pub(crate) fn ask(&self) -> Asking<'_> {
+        self.asking.fetch_add(1, Ordering::SeqCst);
+        Asking(&self.asking)
     }
 
     fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Inode>> {
@@ -115,11 +205,14 @@ impl Known {
         if was_known { inode.revoked <= start.0 } else { self.begin() == start }
     }
 
-    /// Attributes of an inode are about to be sent in answer to LOOKUP or READDIRPLUS, which count as a look-up, or (with
-    /// `looked_up` false) to GETATTR. Returns how long the kernel may believe them, at most `ttl`.
+    /// Attributes of an inode are about to be sent to a thread in answer to LOOKUP or READDIRPLUS, which count as a look-up,
+    /// or (with `looked_up` false) to GETATTR. Returns how long the kernel may believe them, at most `ttl`. Thread 0: one that is
+    /// not known, or whose answer says nothing about what the kernel has taken in.
+    #[expect(clippy::too_many_arguments, reason = "they are what an answer consists of")]
     pub(crate) fn tell(
         &self,
         start: Moment,
+        thread: u32,
         ino: u64,
         generation: u64,
         told: Option<Told>,
@@ -128,7 +221,8 @@ impl Known {
     ) -> Duration {
         let mut shard = self.shard(ino).lock();
         let was_known = shard.contains_key(&ino);
-        let inode = shard.entry(ino).or_default();
+        // An inode that is new to the kernel is made with what it is first told, whatever has been invalidated meanwhile.
+        let inode = shard.entry(ino).or_insert_with(|| Inode { settled: true, ..Inode::default() });
         if inode.generation != generation {
             // The kernel makes a new inode of it, without pages. The look-ups of the old one are still to be forgotten.
             inode.generation = generation;
@@ -137,12 +231,20 @@ impl Known {
         }
         inode.lookups += u64::from(looked_up);
         let current = self.is_current(start, inode, was_known);
-        let mut lifetime = if current { ttl } else { Duration::ZERO };
-        if let Some(told) = told {
-            if inode.conflicts(told) {
-                lifetime = Duration::ZERO;
-            } else {
+        inode.heard(thread);
+        if !looked_up {
+            inode.asked_at = Some(Instant::now());
+        }
+        let conflicts = told.is_some_and(|told| inode.conflicts(told));
+        let mut lifetime = Duration::ZERO;
+        if !conflicts {
+            if let Some(told) = told {
                 inode.remember(told);
+            }
+            if current && inode.settled {
+                lifetime = ttl;
+            } else if current {
+                inode.answer(thread);
             }
         }
         inode.attributes |= !lifetime.is_zero();
@@ -181,9 +283,10 @@ impl Known {
         ttl
     }
 
-    /// Data of this version is about to be sent for the page cache.
-    pub(crate) fn tell_pages(&self, ino: u64, version: u64) {
+    /// Data of this version is about to be sent to a thread for the page cache.
+    pub(crate) fn tell_pages(&self, ino: u64, thread: u32, version: u64) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.heard(thread);
             inode.pages = Some(inode.pages.map_or(version, |old| old.min(version)));
         }
     }
@@ -220,27 +323,34 @@ impl Known {
         let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
-        let forgotten =
-            Forgotten { attributes: inode.attributes, names: inode.names, listed: inode.listed, pages: inode.pages.is_some() };
-        inode.revoked = number;
         inode.revoked_at = Some(Instant::now());
-        inode.attributes = false;
-        inode.names = false;
-        inode.listed = false;
-        forgotten
+        inode.revoke(number)
     }
 
-    /// All tokens are gone. Returns every inode that the kernel knows.
-    pub(crate) fn revoke_all(&self) -> Vec<u64> {
+    /// Whether the pages of an inode whose last revocation was this one are to be purged now. Who asks about the inode again
+    /// and again needs no purge, and is not to be met by one.
+    pub(crate) fn refresh(&self, ino: u64, revocation: Revocation) -> Refresh {
+        let shard = self.shard(ino).lock();
+        let wanted = |i: &&Inode| i.revoked == revocation.0 && i.pages.is_some() && !i.settled && i.answered.is_empty();
+        let Some(inode) = shard.get(&ino).filter(wanted) else { return Refresh::Needless };
+        let asked = inode.asked_at.map_or(Duration::ZERO, |at| ASKS_AGAIN.saturating_sub(at.elapsed()));
+        match asked {
+            Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 => Refresh::Later(BUSY),
+            Duration::ZERO => Refresh::Now,
+            wait => Refresh::Later(wait),
+        }
+    }
+
+    /// All tokens are gone. Returns every inode of which the kernel believes attributes or has pages.
+    pub(crate) fn revoke_all(&self) -> Vec<(u64, Forgotten)> {
         let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
         let mut all = Vec::new();
         for shard in &self.shards {
             for (ino, inode) in shard.lock().iter_mut() {
-                inode.revoked = number;
-                inode.attributes = false;
-                inode.names = false;
-                inode.listed = false;
-                all.push(*ino);
+                let forgotten = inode.revoke(number);
+                if forgotten.attributes || forgotten.pages {
+                    all.push((*ino, forgotten));
+                }
             }
         }
         all
@@ -258,12 +368,42 @@ mod tests {
     fn an_answer_overtaken_by_a_revocation_is_not_believed() {
         let known = Known::new();
         let start = known.begin();
-        assert_eq!(known.tell(start, 7, 1, Some(M), true, TTL), TTL);
+        assert_eq!(known.tell(start, 0, 7, 1, Some(M), true, TTL), TTL);
         let late = known.begin();
         assert!(known.revoke(7).attributes);
-        assert_eq!(known.tell(late, 7, 1, Some(M), false, TTL), Duration::ZERO);
+        assert_eq!(known.tell(late, 0, 7, 1, Some(M), false, TTL), Duration::ZERO);
         assert!(!known.revoke(7).attributes, "nothing was believed, so nothing is to be forgotten");
-        assert_eq!(known.tell(known.begin(), 7, 1, Some(M), false, TTL), TTL);
+        // The first answer since: nothing may make the kernel drop it, so there must be nothing to take back.
+        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), Duration::ZERO);
+        assert_eq!(known.tell(known.begin(), 22, 7, 1, Some(M), false, TTL), Duration::ZERO, "21 may still be asleep");
+        assert!(!known.revoke(7).attributes);
+        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), Duration::ZERO, "an answer before a revocation");
+        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), TTL, "it has taken that one in");
+        assert_eq!(known.tell(known.begin(), 22, 7, 1, Some(M), false, TTL), TTL);
+        assert!(known.revoke(7).attributes);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_are_purged_for_mappings_only_if_no_answer_does_it() {
+        let known = Known::new();
+        let now = |forgotten: Forgotten| known.refresh(7, forgotten.revocation);
+        known.tell(known.begin(), 1, 7, 1, Some(M), true, TTL);
+        known.tell_pages(7, 1, 1);
+        let first = known.revoke(7);
+        assert!(first.pages);
+        let asking = known.ask();
+        assert_eq!(now(first), Refresh::Later(BUSY));
+        drop(asking);
+        assert_eq!(now(first), Refresh::Now);
+        known.tell(known.begin(), 1, 7, 1, Some(Told { version: 2, ..M }), false, TTL);
+        assert_eq!(now(first), Refresh::Later(ASKS_AGAIN), "an answer by which the kernel sees no difference");
+        known.tell(known.begin(), 1, 7, 1, Some(Told { mtime: 6, version: 2, ..M }), false, TTL);
+        assert_eq!(now(first), Refresh::Needless);
+        let second = known.revoke(7);
+        assert_eq!(now(first), Refresh::Needless, "that is left to the newer one");
+        assert_eq!(now(second), Refresh::Later(ASKS_AGAIN), "somebody asked a moment ago, and will again");
+        tokio::time::advance(ASKS_AGAIN).await;
+        assert_eq!(now(second), Refresh::Now);
     }
 
     #[test]
@@ -271,16 +411,16 @@ mod tests {
         let known = Known::new();
         let start = known.begin();
         known.revoke(7);
-        assert_eq!(known.tell(start, 7, 1, Some(M), true, TTL), Duration::ZERO);
+        assert_eq!(known.tell(start, 0, 7, 1, Some(M), true, TTL), Duration::ZERO);
     }
 
     #[test]
     fn same_mtime_and_size_with_other_data_conflicts_until_purged() {
         let known = Known::new();
-        known.tell(known.begin(), 7, 1, Some(M), true, TTL);
+        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
         let changed = Told { version: 2, ..M };
         assert!(known.conflicts(7, changed));
-        assert_eq!(known.tell(known.begin(), 7, 1, Some(changed), false, TTL), Duration::ZERO);
+        assert_eq!(known.tell(known.begin(), 0, 7, 1, Some(changed), false, TTL), Duration::ZERO);
         assert!(known.conflicts(7, changed), "an answer that could not wait must not hide the conflict");
         known.purged(7, changed);
         assert!(!known.conflicts(7, changed));
@@ -290,20 +430,20 @@ mod tests {
     #[test]
     fn pages_are_kept_only_while_the_data_is_the_same() {
         let known = Known::new();
-        known.tell(known.begin(), 7, 1, Some(M), true, TTL);
+        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
         assert!(known.keeps_pages(7, 1));
-        known.tell_pages(7, 1);
+        known.tell_pages(7, 0, 1);
         assert!(known.keeps_pages(7, 1));
         assert!(!known.keeps_pages(7, 2));
-        known.tell_pages(7, 2);
+        known.tell_pages(7, 0, 2);
         assert!(known.keeps_pages(7, 2));
     }
 
     #[test]
     fn forgetting_drops_the_inode_and_a_new_generation_starts_afresh() {
         let known = Known::new();
-        known.tell(known.begin(), 7, 1, Some(M), true, TTL);
-        known.tell(known.begin(), 7, 2, Some(Told { version: 9, ..M }), true, TTL);
+        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
+        known.tell(known.begin(), 0, 7, 2, Some(Told { version: 9, ..M }), true, TTL);
         assert!(!known.conflicts(7, Told { version: 9, ..M }));
         known.forget(7, 1);
         assert!(known.contains(7));
@@ -314,7 +454,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn names_in_a_directory_shared_with_writers_are_not_cached() {
         let known = Known::new();
-        known.tell(known.begin(), 1, 1, None, true, TTL);
+        known.tell(known.begin(), 0, 1, 1, None, true, TTL);
         assert_eq!(known.tell_name(known.begin(), 1, false, TTL), TTL);
         assert!(known.revoke(1).names);
         assert_eq!(known.tell_name(known.begin(), 1, false, TTL), Duration::ZERO);

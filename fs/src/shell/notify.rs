@@ -11,20 +11,26 @@
 //!
 //! Excludes: who needs to be told what (`known`).
 
+use super::known::{Known, Refresh, Revocation};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// Purges that may wait in a lane.
 const QUEUE_MAX: usize = 1024;
 /// The kernel may still be about to take in an answer that was sent just before a revocation; it is told again after these
 /// delays. Milliseconds; longer than any delay in scheduling a woken thread that is not itself a failure.
 const AGAIN_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 300];
+
+/// When pages that nobody asked about since they became old are purged, and how long to wait if that is not possible just then.
+const REFRESH_AFTER: Duration = Duration::from_millis(30);
+const REFRESH_RETRY: Duration = Duration::from_millis(3);
 
 const FUSE_NOTIFY_INVAL_INODE: i32 = 2;
 const FUSE_NOTIFY_INC_EPOCH: i32 = 8;
@@ -56,6 +62,11 @@ impl Device {
         known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, -1i64 as u64, 0]))
     }
 
+    /// Whether requests wait in the kernel's queue.
+    fn has_requests(&self) -> bool {
+        poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Drops all pages (and attributes). Waits for requests that hold pages.
     fn purge_pages(&self, ino: u64) -> io::Result<bool> {
         known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, 0, 0]))
@@ -79,10 +90,8 @@ fn known(result: io::Result<()>) -> io::Result<bool> {
 enum Job {
     /// Purge, and say so.
     Purge(u64, oneshot::Sender<()>),
-    /// Purge.
-    Refresh(u64),
-    /// All tokens were lost: attributes and pages of all these.
-    Reset(Vec<u64>),
+    /// Purge if that is to be done just now; tells what was.
+    Refresh(u64, Revocation, Arc<Known>, oneshot::Sender<Refresh>),
 }
 
 /// The notifier of one mount. Its threads end when it is dropped.
@@ -91,9 +100,11 @@ pub(crate) struct Notify {
     device: Arc<Device>,
     /// For answers that wait for a purge.
     urgent: mpsc::Sender<Job>,
-    /// For memory mappings, which have no right to be coherent, and resets.
+    /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     epochs: AtomicBool,
+    /// Room for refreshes that wait for their time.
+    refreshes: Arc<Semaphore>,
     /// A repeated epoch is under way.
     repeating: Arc<AtomicBool>,
     runtime: Handle,
@@ -106,7 +117,15 @@ impl Notify {
         let (casual, casual_jobs) = mpsc::channel(QUEUE_MAX);
         lane("pulsar-purge", device.clone(), urgent_jobs)?;
         lane("pulsar-refresh", device.clone(), casual_jobs)?;
-        Ok(Notify { device, urgent, casual, epochs: AtomicBool::new(false), repeating: Arc::default(), runtime })
+        Ok(Notify {
+            device,
+            urgent,
+            casual,
+            epochs: AtomicBool::new(false),
+            refreshes: Arc::new(Semaphore::new(QUEUE_MAX)),
+            repeating: Arc::default(),
+            runtime,
+        })
     }
 
     /// Finds out, once the kernel has been greeted, whether it knows epochs.
@@ -168,18 +187,37 @@ impl Notify {
         }
     }
 
-    /// Purges the pages of an inode some time soon, unless there is too much to do.
-    pub(crate) fn refresh(&self, ino: u64) {
-        let _ = self.casual.try_send(Job::Refresh(ino));
-    }
-
-    /// Takes everything back. Names at once; the rest has run out with the node's lease, and is purged in the background.
-    pub(crate) fn reset(&self, inodes: Vec<u64>) {
-        let _ = self.device.forget_names();
+    /// Purges the pages of revoked inodes some time soon for the sake of memory mappings, unless there is too much to do.
+    ///
+    /// A purge invalidates attributes, too, and so makes the kernel drop answers that are on their way to it (see `known`). So it
+    /// is done only for what no answer has purged after a while, and while no request waits, here or in the kernel's queue.
+    pub(crate) fn refresh(&self, mut inodes: Vec<(u64, Revocation)>, known: Arc<Known>) {
+        if inodes.is_empty() {
+            return;
+        }
+        let Ok(permit) = self.refreshes.clone().try_acquire_owned() else { return };
         let casual = self.casual.clone();
         self.runtime.spawn(async move {
-            let _ = casual.send(Job::Reset(inodes)).await;
+            let _permit = permit;
+            tokio::time::sleep(REFRESH_AFTER).await;
+            while let Some((ino, revocation)) = inodes.last() {
+                let (answer, wait) = oneshot::channel();
+                // Decided by the thread that purges, just before it does.
+                if casual.send(Job::Refresh(*ino, *revocation, known.clone(), answer)).await.is_err() {
+                    return;
+                }
+                match wait.await {
+                    Ok(Refresh::Later(wait)) => tokio::time::sleep(wait).await,
+                    Ok(Refresh::Now | Refresh::Needless) => drop(inodes.pop()),
+                    Err(_) => return,
+                }
+            }
         });
+    }
+
+    /// Takes all names back.
+    pub(crate) fn reset_names(&self) {
+        let _ = self.device.forget_names();
     }
 }
 
@@ -191,14 +229,15 @@ fn lane(name: &str, device: Arc<Device>, mut jobs: mpsc::Receiver<Job>) -> io::R
                     purge(&device, ino);
                     let _ = done.send(());
                 }
-                Job::Refresh(ino) => purge(&device, ino),
-                Job::Reset(inodes) => {
-                    for ino in &inodes {
-                        let _ = device.forget_attributes(*ino);
-                    }
-                    for ino in inodes {
+                Job::Refresh(ino, revocation, known, answer) => {
+                    let what = match known.refresh(ino, revocation) {
+                        Refresh::Now if device.has_requests() => Refresh::Later(REFRESH_RETRY),
+                        what => what,
+                    };
+                    if what == Refresh::Now {
                         purge(&device, ino);
                     }
+                    let _ = answer.send(what);
                 }
             }
         }

@@ -81,7 +81,7 @@ impl<D: Disk> Server<D> {
         let identity = Identity::new(self.fs.root());
         let company = Company::join(&self.mounts.live);
         // Before anything of this mount can change something.
-        self.mounts.each(|peer| peer.reset());
+        self.mounts.each(|peer| peer.distrust());
         let front = Arc::new(Front {
             fs: self.fs.clone(),
             company,
@@ -241,7 +241,10 @@ impl Drop for MountHandle {
 /// One mount, as the upcalls see it.
 trait Peer: Send + Sync {
     fn revoked(&self, ino: u64, keep: Option<Mode>);
+    /// All tokens were lost, and the lease before them.
     fn reset(&self);
+    /// Things may change from now on without any token moving.
+    fn distrust(&self);
 }
 
 impl<D: Disk> Peer for Front<D> {
@@ -260,12 +263,30 @@ impl<D: Disk> Peer for Front<D> {
             self.notify.forget_names(forgotten.listed);
         }
         if forgotten.pages {
-            self.notify.refresh(node);
+            self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
         }
     }
 
     fn reset(&self) {
-        self.notify.reset(self.known.revoke_all());
+        // Attributes that the kernel believed have run out with the node's lease. Invalidating them now would make the kernel
+        // drop the answers to requests that waited for the cluster meanwhile.
+        let inodes = self.known.revoke_all();
+        self.notify.reset_names();
+        let pages = inodes.into_iter().filter(|(_, forgotten)| forgotten.pages).map(|(ino, f)| (ino, f.revocation));
+        self.notify.refresh(pages.collect(), self.known.clone());
+    }
+
+    fn distrust(&self) {
+        for (ino, forgotten) in self.known.revoke_all() {
+            if forgotten.attributes {
+                let known = self.known.clone();
+                self.notify.forget_attributes(ino, move || known.contains(ino));
+            }
+            if forgotten.pages {
+                self.notify.refresh(vec![(ino, forgotten.revocation)], self.known.clone());
+            }
+        }
+        self.notify.reset_names();
     }
 }
 
