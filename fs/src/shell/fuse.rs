@@ -12,6 +12,7 @@
 //!
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
+use super::forfeit::{self, Forfeits};
 use super::known::{Known, Moment, Told};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
@@ -46,9 +47,6 @@ const BACKGROUND_MAX: u16 = 128;
 /// The most that one `copy_file_range` copies before it answers.
 const COPY_MAX: u64 = 16 * 1024 * 1024;
 
-/// Bit of a file handle: opened for writing, so that it bypasses the page cache.
-const HANDLE_DIRECT: u64 = 1;
-
 /// How long the kernel may believe what it is told now; must not outlive the node's lease.
 pub type Lifetime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
@@ -62,6 +60,8 @@ pub(crate) struct Front<D: Disk> {
     pub(crate) identity: Identity,
     /// Files whose written-behind data was lost: each answers EIO once.
     pub(crate) lost: Arc<Mutex<HashSet<u64>>>,
+    /// Files whose locks this node has lost.
+    pub(crate) forfeits: Arc<Forfeits>,
     /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
     pub(crate) locks: Option<Arc<Locks>>,
     /// Which node this is, for whose processes a lock's holder has a number.
@@ -260,10 +260,17 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
         if ino != INodeNo::ROOT {
             self.0.known.forget(ino.0, lookups);
+            if !self.0.known.contains(ino.0) {
+                self.0.forfeits.forget(ino.0);
+            }
         }
     }
 
-    fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        // Asked on behalf of a read(), too.
+        if handle.is_some_and(|handle| self.0.forfeits.concerns(ino.0, handle)) {
+            return reply.error(Errno::EIO);
+        }
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
@@ -404,8 +411,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             match result.await {
                 Ok(attributes) => {
-                    let handle = FileHandle(if direct { HANDLE_DIRECT } else { 0 });
-                    reply.opened(handle, front.open_flags(&attributes, direct));
+                    reply.opened(front.forfeits.handle(direct), front.open_flags(&attributes, direct));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -430,7 +436,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
                         Generation(generation),
-                        FileHandle(if direct { HANDLE_DIRECT } else { 0 }),
+                        front.forfeits.handle(direct),
                         front.open_flags(&attributes, direct),
                     );
                 }
@@ -453,8 +459,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        if self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         // A direct handle fills pages, too, if it is mapped; such requests are for whole pages.
-        let fills_pages = handle.0 & HANDLE_DIRECT == 0 || (offset | u64::from(size)).is_multiple_of(4096);
+        let fills_pages = !forfeit::is_direct(handle) || (offset | u64::from(size)).is_multiple_of(4096);
         operation!(self, request, |front, start, caller| {
             match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
                 Ok(data) => {
@@ -472,7 +481,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
@@ -480,6 +489,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         let at = if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // Pages of a shared mapping. They never extend a file; what another node cut off stays cut off.
             At::Within(offset)
@@ -532,7 +544,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn fsync(&self, request: &Request, ino: INodeNo, _handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+    fn fsync(&self, request: &Request, ino: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        if self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
             let result = front.fs.fsync(node, data_only).await;
@@ -561,7 +576,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -570,6 +585,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         sleep: bool,
         reply: ReplyEmpty,
     ) {
+        if typ != nix::libc::F_UNLCK && self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         let (first, last) = (start, end);
         operation!(self, request, |front, start, caller| {
             front.set_lock(caller.pid, ino, owner, first, last, typ, pid, sleep, reply).await;
@@ -727,19 +745,25 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        if self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         operation!(self, request, |front, start, caller| {
             let Some((what, keep_size)) = allocation(mode) else { return reply.error(Errno::EOPNOTSUPP) };
             empty(front.fs.allocate(front.identity.ino(ino), what, offset, length, keep_size).await, reply);
         });
     }
 
-    fn lseek(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, request: &Request, ino: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        if self.0.forfeits.concerns(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         operation!(self, request, |front, start, caller| {
             let seek = match whence {
                 nix::libc::SEEK_DATA => Seek::Data,
@@ -758,15 +782,18 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         from: INodeNo,
-        _from_handle: FileHandle,
+        from_handle: FileHandle,
         from_offset: u64,
         to: INodeNo,
-        _to_handle: FileHandle,
+        to_handle: FileHandle,
         to_offset: u64,
         length: u64,
         _flags: fuser::CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        if self.0.forfeits.concerns(from.0, from_handle) || self.0.forfeits.concerns(to.0, to_handle) {
+            return reply.error(Errno::EIO);
+        }
         operation!(self, request, |front, start, caller| {
             let (from, to) = (front.identity.ino(from), front.identity.ino(to));
             match front.fs.copy_range(from, from_offset, to, to_offset, length.min(COPY_MAX)).await {

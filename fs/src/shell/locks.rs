@@ -83,6 +83,7 @@ impl<D: Disk> Front<D> {
         match locks.lock(object, owner.0, range, kind, pid, wait, signal::interrupted(thread)).await {
             Ok(LockAnswer::Done) => reply.ok(),
             Ok(LockAnswer::Cancelled) => reply.error(Errno::EINTR),
+            Ok(LockAnswer::Deadlock) => reply.error(Errno::EDEADLK),
             Ok(_) => reply.error(Errno::EAGAIN),
             Err(_) => reply.error(Errno::EIO),
         }

@@ -1,5 +1,6 @@
 //! The shell: what touches the operating system. A mount is served here; what its requests mean is in `ops`.
 
+mod forfeit;
 mod fuse;
 mod known;
 mod locks;

@@ -6,6 +6,7 @@
 //! - Mounts of one file system on one node change things under each other's feet without any token moving. So while there is
 //!   more than one, the kernel is let believe nothing. (A bind mount of the first is better: the kernel then has one view.)
 
+use super::forfeit::Forfeits;
 use super::fuse::{Front, Fuse, Lifetime};
 use super::known::Known;
 use super::mount::{self, Unmount};
@@ -82,7 +83,20 @@ impl<D: Disk> Server<D> {
         let company = Company::join(&self.mounts.live);
         // Before anything of this mount can change something.
         self.mounts.each(|peer| peer.distrust());
+        let forfeits = Arc::new(Forfeits::default());
+        if let Some((locks, _)) = &options.locks {
+            let forfeits = Arc::downgrade(&forfeits);
+            locks.on_lost(Box::new(move |objects| {
+                let Some(forfeits) = forfeits.upgrade() else { return false };
+                forfeits.lose(objects.iter().filter_map(|object| match object {
+                    ObjectId::Inode(ino) => Some(identity.node(crate::Ino(*ino))),
+                    _ => None,
+                }));
+                true
+            }));
+        }
         let front = Arc::new(Front {
+            forfeits,
             fs: self.fs.clone(),
             company,
             known: known.clone(),

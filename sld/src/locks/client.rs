@@ -4,15 +4,18 @@
 //! - A lock is held here only after its master said so in the present life of this node.
 //! - Every request is repeated, under the same ticket, until it is answered: after an epoch change at the new master, after
 //!   a lost session at the same one. Re-assertion of what is held goes first on the same stream.
+//! - A search for a circle of waiting owners goes through each of this node's waiting requests once.
 //!
 //! Excludes: who grants (`master`), waking the process that waits (the shell).
 
-use super::message::{LockAnswer, LockMessage, LockOwner, LockRequest};
+use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest};
 use super::table::{HeldLock, LockKind, LockRange, LockTable};
 use crate::api::ObjectId;
 use cluster::{Epoch, Incarnation, NodeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+/// Searches remembered per waiting request; more only cost messages.
+const CHASED_MAX: usize = 1_024;
 /// The most locks in one re-assertion message.
 const REASSERT_LOCKS_MAX: usize = 8_192;
 
@@ -24,6 +27,21 @@ struct Pending {
     request: LockRequest,
     /// The process no longer wants to wait: the master is being told.
     cancelling: bool,
+    /// That is because the wait would never end.
+    deadlock: bool,
+    /// Searches that have come by.
+    chased: BTreeSet<(LockOwner, u64, u64)>,
+}
+
+impl Pending {
+    fn waits(&self) -> bool {
+        matches!(self.request, LockRequest::Lock { wait: true, .. }) && !self.cancelling
+    }
+
+    /// What its process is told when it has been cancelled.
+    fn cancelled(&self) -> LockAnswer {
+        if self.deadlock { LockAnswer::Deadlock } else { LockAnswer::Cancelled }
+    }
 }
 
 /// The client's state.
@@ -39,6 +57,8 @@ pub struct LockClient {
     /// Tickets whose answers have arrived, by master, to be told with the next request.
     answered: BTreeMap<NodeId, Vec<u64>>,
     next_ticket: u64,
+    /// Of the searches that are begun here.
+    round: u64,
 }
 
 /// What the client wants from its shell.
@@ -82,6 +102,8 @@ impl LockClient {
         self.epoch = epoch;
         self.members = members;
         self.answered.clear();
+        // The new masters search anew for all that has to wait there.
+        self.pending.values_mut().for_each(|p| p.chased.clear());
         for master in self.members.clone() {
             self.repeat_to(master, master_of, out);
         }
@@ -100,7 +122,7 @@ impl LockClient {
             .iter()
             .filter_map(|(ticket, p)| match p.request {
                 LockRequest::Unlock => Some((*ticket, LockAnswer::Done)),
-                _ if p.cancelling => Some((*ticket, LockAnswer::Cancelled)),
+                _ if p.cancelling => Some((*ticket, p.cancelled())),
                 _ => None,
             })
             .collect();
@@ -114,6 +136,15 @@ impl LockClient {
     pub fn session_ended(&mut self, node: NodeId, master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
         if self.members.contains(&node) {
             self.repeat_to(node, master_of, out);
+            // Searches that went by way of this node may be lost, too. A circle of which it is a part is found from here.
+            self.round += 1;
+            let round = self.round;
+            for (ticket, p) in self.pending.iter().filter(|(_, p)| p.waits()) {
+                let owner = self.owner(p.owner);
+                let chase = Chase { owner, ticket: *ticket, round, victim: (owner, *ticket) };
+                let message = LockMessage::Waits { epoch: self.epoch, chase, object: p.object, ticket: *ticket };
+                out.push(LockOutput::Send(master_of(p.object), message));
+            }
         }
     }
 
@@ -181,7 +212,7 @@ impl LockClient {
             out.push(LockOutput::Answered(ticket, LockAnswer::Done));
             return ticket;
         }
-        let p = Pending { object, owner, range, request, cancelling: false };
+        let p = Pending { object, owner, range, request, cancelling: false, deadlock: false, chased: BTreeSet::new() };
         if !self.members.is_empty() {
             out.push(self.request(master_of(object), ticket, &p, request));
         }
@@ -193,8 +224,9 @@ impl LockClient {
     pub fn cancel(&mut self, ticket: u64, master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
         let Some(p) = self.pending.get_mut(&ticket) else { return };
         if self.members.is_empty() {
+            let answer = p.cancelled();
             self.pending.remove(&ticket);
-            out.push(LockOutput::Answered(ticket, LockAnswer::Cancelled));
+            out.push(LockOutput::Answered(ticket, answer));
             return;
         }
         p.cancelling = true;
@@ -203,11 +235,37 @@ impl LockClient {
     }
 
     /// A master's message.
-    pub fn receive(&mut self, from: NodeId, message: LockMessage, out: &mut Vec<LockOutput>) {
-        let LockMessage::Answer { epoch, ticket, answer } = message else { return };
-        if epoch != self.epoch {
-            return;
+    pub fn receive(&mut self, from: NodeId, message: LockMessage, master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
+        match message {
+            LockMessage::Answer { epoch, ticket, answer } if epoch == self.epoch => self.answer(from, ticket, answer, out),
+            LockMessage::InTheWay { epoch, chase, owners } if epoch == self.epoch => self.chase(chase, &owners, master_of, out),
+            LockMessage::Circle { epoch, ticket } if epoch == self.epoch => {
+                if let Some(p) = self.pending.get_mut(&ticket).filter(|p| p.waits()) {
+                    p.deadlock = true;
+                    self.cancel(ticket, master_of, out);
+                }
+            }
+            _ => {}
         }
+    }
+
+    /// A search has come to owners of this node: it goes on with what they wait for themselves.
+    fn chase(&mut self, chase: Chase, owners: &[u64], master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
+        let (epoch, node, incarnation) = (self.epoch, self.me, self.incarnation);
+        for (ticket, p) in self.pending.iter_mut().filter(|(_, p)| p.waits() && owners.contains(&p.owner)) {
+            if p.chased.len() >= CHASED_MAX {
+                p.chased.clear();
+            }
+            if p.chased.insert((chase.owner, chase.ticket, chase.round)) {
+                let here = (LockOwner { node, incarnation, id: p.owner }, *ticket);
+                let chase = Chase { victim: chase.victim.max(here), ..chase };
+                let message = LockMessage::Waits { epoch, chase, object: p.object, ticket: *ticket };
+                out.push(LockOutput::Send(master_of(p.object), message));
+            }
+        }
+    }
+
+    fn answer(&mut self, from: NodeId, ticket: u64, answer: LockAnswer, out: &mut Vec<LockOutput>) {
         self.answered.entry(from).or_default().push(ticket);
         // A second answer to a repeated request finds nothing pending.
         let Some(p) = self.pending.remove(&ticket) else { return };
@@ -233,6 +291,7 @@ impl LockClient {
             }
             _ => {}
         }
+        let answer = if answer == LockAnswer::Cancelled { p.cancelled() } else { answer };
         out.push(LockOutput::Answered(ticket, answer));
     }
 

@@ -7,7 +7,7 @@
 //!
 //! Excludes: which node is the master of what (`placement`), and what a client remembers (`client`).
 
-use super::message::{LockAnswer, LockMessage, LockOwner, LockRequest};
+use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest};
 use super::table::{HeldLock, LockKind, LockRange, LockTable};
 use crate::api::ObjectId;
 use cluster::{Epoch, Incarnation, NodeId};
@@ -78,7 +78,9 @@ impl LockMaster {
     /// re-asserted) is given back, to be brought again later in the same order; what is late is dropped: it is repeated.
     pub fn receive(&mut self, from: NodeId, message: LockMessage, out: &mut LockSends) -> Option<Early> {
         match message {
-            LockMessage::Reassert { epoch, .. } | LockMessage::Request { epoch, .. } if epoch > self.epoch => {
+            LockMessage::Reassert { epoch, .. } | LockMessage::Request { epoch, .. } | LockMessage::Waits { epoch, .. }
+                if epoch > self.epoch =>
+            {
                 Some((from, message))
             }
             LockMessage::Reassert { epoch, incarnation, locks, pending, last } => {
@@ -105,8 +107,43 @@ impl LockMaster {
                 }
                 None
             }
-            LockMessage::Answer { .. } => None,
+            LockMessage::Waits { epoch, .. } if epoch != self.epoch => None,
+            LockMessage::Waits { .. } if !self.recovered() => Some((from, message)),
+            LockMessage::Waits { chase, object, ticket, .. } => {
+                self.chase(chase, object, from, ticket, out);
+                None
+            }
+            LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. } => None,
         }
+    }
+
+    /// A search has come to a request that may be waiting here: it goes on with those who are in its way.
+    fn chase(&self, chase: Chase, object: ObjectId, node: NodeId, ticket: u64, out: &mut LockSends) {
+        let epoch = self.epoch;
+        let Some(state) = self.objects.get(&object) else { return };
+        let Some(waiter) = state.waiters.iter().find(|w| w.ticket == ticket && w.owner.node == node) else { return };
+        let owners: BTreeSet<LockOwner> =
+            state.table.conflicts(&waiter.owner, waiter.range, waiter.kind).map(|h| h.owner).collect();
+        if owners.contains(&chase.owner) {
+            let (owner, ticket) = chase.victim;
+            out.push((owner.node, LockMessage::Circle { epoch, ticket }));
+            return;
+        }
+        let mut nodes: BTreeMap<NodeId, Vec<u64>> = BTreeMap::new();
+        for owner in owners {
+            nodes.entry(owner.node).or_default().push(owner.id);
+        }
+        out.extend(nodes.into_iter().map(|(node, owners)| (node, LockMessage::InTheWay { epoch, chase, owners })));
+    }
+
+    /// Who waits for whom, for checks.
+    #[must_use]
+    pub fn waits(&self) -> Vec<(LockOwner, LockOwner)> {
+        let edges = |o: &Object| {
+            let of = |w: &Waiter| o.table.conflicts(&w.owner, w.range, w.kind).map(|h| (w.owner, h.owner)).collect::<Vec<_>>();
+            o.waiters.iter().flat_map(of).collect::<Vec<_>>()
+        };
+        self.objects.values().flat_map(edges).collect()
     }
 
     fn reassert(&mut self, from: NodeId, life: Incarnation, locks: Vec<(ObjectId, HeldLock<LockOwner>)>, last: bool) {
@@ -183,6 +220,8 @@ impl LockMaster {
                     Some(_) => {
                         state.waiters.push_back(Waiter { owner, ticket, range, kind, pid });
                         self.waiting += 1;
+                        // A circle closes when its last owner begins to wait.
+                        self.chase(Chase { owner, ticket, round: 0, victim: (owner, ticket) }, object, owner.node, ticket, out);
                     }
                 }
             }

@@ -54,6 +54,22 @@ pub enum LockAnswer {
     Free,
     /// `Cancel` came before the lock was granted.
     Cancelled,
+    /// Waiting would never have ended: who holds the lock waits, through others perhaps, for one of this owner's.
+    Deadlock,
+}
+
+/// One search for a circle of owners that wait for each other (edge chasing: Chandy, Misra and Haas, 1983). It begins with a
+/// request that has to wait, follows those who wait along the locks in their way, and ends nowhere or where it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Chase {
+    /// Whose request it began with.
+    pub owner: LockOwner,
+    /// The request's name.
+    pub ticket: u64,
+    /// Tells a search that was begun again, since messages of the first may be lost, from that one.
+    pub round: u64,
+    /// The greatest request on the way so far: all searches that go round the same circle give up the same one of it.
+    pub victim: (LockOwner, u64),
 }
 
 /// A message of the service.
@@ -97,5 +113,32 @@ pub enum LockMessage {
         pending: Vec<u64>,
         /// Whether this was the last part.
         last: bool,
+    },
+    /// Master to client: owners of that node are in the way of a search.
+    InTheWay {
+        /// The master's epoch.
+        epoch: Epoch,
+        /// The search.
+        chase: Chase,
+        /// Their numbers.
+        owners: Vec<u64>,
+    },
+    /// Client to master: a search has come to a request that waits there.
+    Waits {
+        /// The client's epoch.
+        epoch: Epoch,
+        /// The search.
+        chase: Chase,
+        /// What is waited for.
+        object: ObjectId,
+        /// The request's name.
+        ticket: u64,
+    },
+    /// Master to client: a search has gone round a circle, of which this request is to be given up.
+    Circle {
+        /// The master's epoch.
+        epoch: Epoch,
+        /// The request's name.
+        ticket: u64,
     },
 }

@@ -86,10 +86,14 @@ impl<O: Clone + Eq + Ord> LockTable<O> {
     /// The first lock (by place) that keeps `owner` from taking this one.
     #[must_use]
     pub fn conflict(&self, owner: &O, range: LockRange, kind: LockKind) -> Option<&HeldLock<O>> {
-        self.held
-            .iter()
-            .filter(|h| h.owner != *owner && h.range.overlaps(range) && (kind == LockKind::Write || h.kind == LockKind::Write))
-            .min_by_key(|h| h.range)
+        self.conflicts(owner, range, kind).min_by_key(|h| h.range)
+    }
+
+    /// All locks that keep `owner` from taking this one.
+    pub fn conflicts(&self, owner: &O, range: LockRange, kind: LockKind) -> impl Iterator<Item = &HeldLock<O>> + use<'_, O> {
+        let owner = owner.clone();
+        let excludes = move |h: &&HeldLock<O>| kind == LockKind::Write || h.kind == LockKind::Write;
+        self.held.iter().filter(move |h| h.owner != owner && h.range.overlaps(range)).filter(excludes)
     }
 
     /// Takes a lock that does not conflict. It replaces what the owner held of these bytes.

@@ -20,8 +20,8 @@ use tokio::task::JoinHandle;
 /// The most messages that may wait for this node to adopt their epoch, or for everybody to re-assert.
 const EARLY_MAX: usize = 262_144;
 
-/// Told of objects on which this node's locks are gone, since it was cut off.
-pub type LostLocks = Arc<dyn Fn(Vec<ObjectId>) + Send + Sync>;
+/// Told of objects on which this node's locks are gone, since it was cut off. Says whether it wants to hear of the next, too.
+pub type LostLocks = Box<dyn Fn(&[ObjectId]) -> bool + Send + Sync>;
 
 #[derive(Default)]
 struct State {
@@ -38,7 +38,7 @@ struct Node {
     cluster: Arc<dyn Cluster>,
     transport: Arc<dyn Transport>,
     state: Mutex<State>,
-    lost: Mutex<Option<LostLocks>>,
+    lost: Mutex<Vec<LostLocks>>,
 }
 
 /// The lock service of a daemon, for all its file systems. It stops when it is dropped.
@@ -55,7 +55,7 @@ impl Locks {
         let node = Arc::new(Node {
             transport: cluster.transport(),
             state: Mutex::new(State { client: LockClient::new(cluster.local()), ..State::default() }),
-            lost: Mutex::new(None),
+            lost: Mutex::default(),
             cluster,
         });
         node.transport.register(Service::Lock, Arc::new(Inbox(Arc::downgrade(&node))));
@@ -63,13 +63,14 @@ impl Locks {
         Arc::new(Locks { node, task })
     }
 
-    /// Sets who is told of lost locks.
+    /// Adds to those who are told of lost locks. They must not call back.
     pub fn on_lost(&self, lost: LostLocks) {
-        *self.node.lost.lock() = Some(lost);
+        self.node.lost.lock().push(lost);
     }
 
     /// Takes a lock for `owner` (a kernel's lock owner number). Without `wait`, or if too many wait already, a conflict is
-    /// the answer. When `interrupted` comes first, the answer is `Cancelled`, or `Done` if it was granted before that
+    /// the answer. If the wait would never end, since owners wait for each other in a circle, the answer is `Deadlock`. When
+    /// `interrupted` comes first, the answer is `Cancelled`, or `Done` if it was granted before that
     /// reached the master.
     ///
     /// # Errors
@@ -208,10 +209,9 @@ impl Node {
             }
             r
         };
-        let tell = self.lost.lock().clone();
-        if let Some(tell) = tell.filter(|_| !lost.is_empty()) {
+        if !lost.is_empty() {
             tracing::warn!(objects = lost.len(), "this node was cut off: the file locks that it held are gone");
-            tell(lost);
+            self.lost.lock().retain(|tell| tell(&lost));
         }
         r
     }
@@ -313,8 +313,9 @@ impl Receiver for Inbox {
         };
         let reassert = matches!(message, LockMessage::Reassert { .. });
         node.step(|s, out| {
-            if matches!(message, LockMessage::Answer { .. }) {
-                s.client.receive(from.node, message, out);
+            if matches!(message, LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. }) {
+                let State { client, membership, .. } = s;
+                client.receive(from.node, message, &|o| master_of(membership, o), out);
             } else {
                 node.bring(s, Some((from.node, message)));
             }
