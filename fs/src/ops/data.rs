@@ -32,6 +32,9 @@ const FREE_MAX: u32 = 1024;
 /// The most by which clocks of nodes are taken to differ.
 const CLOCK_SKEW_SECONDS: i64 = 60;
 
+/// Whether a write may (still) be done.
+pub type Allowed<'a> = &'a (dyn Fn() -> bool + Sync);
+
 /// Where a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
@@ -169,6 +172,14 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `NoSpace` and `TooLarge` (some of it may be written, a megabyte at a time), and those of `read`.
     pub async fn write(&self, ino: Ino, at: At, payload: Payload, kill: bool) -> Result<u64> {
+        self.write_if(ino, at, payload, kill, &|| true).await
+    }
+
+    /// Writes as long as it is `allowed`, which is asked when the file's token is held, before each part is committed.
+    ///
+    /// # Errors
+    /// `Disk(Lost)` if it is not allowed (any more), and those of `write`.
+    pub async fn write_if(&self, ino: Ino, at: At, payload: Payload, kill: bool, allowed: Allowed<'_>) -> Result<u64> {
         let (mut at, mut done, mut began) = (at, 0, None);
         while done < payload.len() {
             // Chunks end where blocks end, so that no block is written twice.
@@ -177,7 +188,7 @@ impl<D: Disk> FileSystem<D> {
                 At::End => CHUNK,
             };
             let len = room.min(payload.len() - done);
-            let offset = self.write_chunk(ino, at, Fill::Payload(&payload, done), len, kill).await?;
+            let offset = self.write_chunk(ino, at, Fill::Payload(&payload, done), len, kill, allowed).await?;
             began.get_or_insert(offset);
             done += len;
             at = match at {
@@ -189,18 +200,21 @@ impl<D: Disk> FileSystem<D> {
         Ok(began.unwrap_or(0))
     }
 
-    async fn write_chunk(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool) -> Result<u64> {
+    async fn write_chunk(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool, allowed: Allowed<'_>) -> Result<u64> {
         loop {
-            match self.try_write(ino, at, fill, len, kill).await? {
+            match self.try_write(ino, at, fill, len, kill, allowed).await? {
                 Step::Done(offset) => return Ok(offset),
                 Step::Residue => self.trim(ino).await?,
             }
         }
     }
 
-    async fn try_write(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool) -> Result<Step<u64>> {
+    async fn try_write(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool, allowed: Allowed<'_>) -> Result<Step<u64>> {
         self.disk().admit().await?;
         let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
+        if !allowed() {
+            return Err(FsError::Disk(sld::DiskError::Lost));
+        }
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
         check_file(&inode)?;
         let (offset, end) = match at {

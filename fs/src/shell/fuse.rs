@@ -267,16 +267,16 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
-        // Asked on behalf of a read(), too.
-        if handle.is_some_and(|handle| self.0.forfeits.concerns(ino.0, handle)) {
-            return reply.error(Errno::EIO);
-        }
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
                 Ok(attributes) => attributes,
                 Err(error) => return reply.error(errno(&error)),
             };
+            // Asked on behalf of a read(), too.
+            if handle.is_some_and(|handle| front.forfeits.concerns(ino.0, handle)) {
+                return reply.error(Errno::EIO);
+            }
             let told = Front::<D>::told(&attributes);
             if let Some(told) = told.filter(|told| front.known.conflicts(ino.0, *told)) {
                 // The data changed, but by its time and size the kernel would not see that. No page lock is held by a
@@ -459,13 +459,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        if self.0.forfeits.concerns(ino.0, handle) {
-            return reply.error(Errno::EIO);
-        }
         // A direct handle fills pages, too, if it is mapped; such requests are for whole pages.
         let fills_pages = !forfeit::is_direct(handle) || (offset | u64::from(size)).is_multiple_of(4096);
         operation!(self, request, |front, start, caller| {
             match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
+                Ok(_) if front.forfeits.concerns(ino.0, handle) => reply.error(Errno::EIO),
                 Ok(data) => {
                     if fills_pages {
                         front.known.tell_pages(ino.0, caller.pid, data.version());
@@ -489,9 +487,6 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        if self.0.forfeits.concerns(ino.0, handle) {
-            return reply.error(Errno::EIO);
-        }
         let at = if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // Pages of a shared mapping. They never extend a file; what another node cut off stays cut off.
             At::Within(offset)
@@ -509,7 +504,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
             let result = async {
-                front.fs.write(node, at, payload, kill).await?;
+                // Locks may be lost while this waits for the file's token.
+                front.fs.write_if(node, at, payload, kill, &|| !front.forfeits.concerns(ino.0, handle)).await?;
                 if synchronous { front.fs.fsync(node, data_only).await } else { Ok(()) }
             };
             match result.await {

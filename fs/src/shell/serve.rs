@@ -85,6 +85,7 @@ impl<D: Disk> Server<D> {
         self.mounts.each(|peer| peer.distrust());
         let forfeits = Arc::new(Forfeits::default());
         if let Some((locks, _)) = &options.locks {
+            *self.mounts.locks.lock() = Arc::downgrade(locks);
             let forfeits = Arc::downgrade(&forfeits);
             locks.on_lost(Box::new(move |objects| {
                 let Some(forfeits) = forfeits.upgrade() else { return false };
@@ -331,6 +332,7 @@ struct Mounts {
     peers: Mutex<Vec<Weak<dyn Peer>>>,
     live: Arc<AtomicUsize>,
     lost: Arc<Mutex<HashSet<u64>>>,
+    locks: Mutex<Weak<Locks>>,
 }
 
 impl Mounts {
@@ -358,6 +360,11 @@ impl Upcalls for Mounts {
             ObjectId::Inode(ino) => Some(ino),
             _ => None,
         }));
+        // Before anything that was under way can get a token again.
+        let locks = self.locks.lock().upgrade();
+        if let Some(locks) = locks {
+            locks.lose();
+        }
         self.each(|peer| peer.reset());
     }
 }

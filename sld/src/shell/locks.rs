@@ -106,6 +106,12 @@ impl Locks {
         self.ask(object, owner, range, LockRequest::Query { kind }, pending()).await
     }
 
+    /// The tokens of this node are gone, so its locks are, too. Those who are told of lost locks know before this returns,
+    /// though the locks' own part of the new epoch has not begun.
+    pub fn lose(&self) {
+        self.node.step(|s, out| s.client.lose(out));
+    }
+
     /// Whether `owner` holds any lock on the object.
     #[must_use]
     pub fn holds(&self, object: ObjectId, owner: u64) -> bool {
