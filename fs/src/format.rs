@@ -34,7 +34,7 @@
 //!  48  u64  blocks         blocks owned, without the inode itself
 //!  56  4 × (i64 s, u32 ns) atime, mtime, ctime, btime
 //! 104  u64  data_version   grows with every change of the data
-//! 112  u32  flags
+//! 112  u32  flags          1: old data beyond the end, 2: security.capability, 4: access list, 8: default list
 //! 116  u32  subdirs        directories in this directory
 //! 120  u16  parents        records in the tail
 //! 122  u16  overflow       pointers to blocks with further parent records, in the tail

@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! - `links` is the number of parent records; an inode with none is an orphan: it lives only while it is open somewhere.
-//! - A directory has exactly one parent record (the root directory: one that names itself).
+//! - A directory has exactly one parent record (the root directory: one that names itself); two, if a crash ended an exchange
+//!   of directories, until it is moved or removed or the collector comes by. At most one of them makes a name.
 //! - One inode fills one block, and is written as a whole: a change of its parent records is atomic.
 //!
 //! Excludes: what the body of a directory or file means (`directory`, `extent`).
@@ -94,6 +95,13 @@ impl FileKind {
     }
 }
 
+/// Flag of an inode: it has the attribute `security.capability`.
+pub const HAS_CAPABILITY: u32 = 2;
+/// Flag of an inode: it has an access list.
+pub const HAS_ACCESS_ACL: u32 = 4;
+/// Flag of an inode: it has a default list.
+pub const HAS_DEFAULT_ACL: u32 = 8;
+
 /// A name of an inode, from the inode's side: an entry is valid only if its inode has this record of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Parent {
@@ -157,7 +165,7 @@ pub struct Inode {
     pub btime: Time,
     /// Grows with every change of the data.
     pub data_version: u64,
-    /// Reserved.
+    /// [`crate::extent::RESIDUE`], [`HAS_CAPABILITY`], [`HAS_ACCESS_ACL`], [`HAS_DEFAULT_ACL`].
     pub flags: u32,
     /// Directories in this directory. After a crash it may be too large, never too small.
     pub subdirs: u32,
@@ -196,7 +204,7 @@ pub struct Attributes {
     pub rdev: u32,
     /// Bytes.
     pub size: u64,
-    /// Space used, in units of 512 bytes.
+    /// Space used beside the inode, in units of 512 bytes.
     pub blocks512: u64,
     /// Last access.
     pub atime: Time,
@@ -292,12 +300,45 @@ impl Inode {
             gid: self.gid,
             rdev: self.rdev,
             size,
-            blocks512: (self.blocks + 1) * (BLOCK_SIZE as u64 / 512),
+            blocks512: self.blocks512(),
             atime: self.atime,
             mtime: self.mtime,
             ctime: self.ctime,
             btime: self.btime,
             data_version: self.data_version,
+        }
+    }
+
+    /// What the inode owns, as `st_blocks` counts. The inode itself is left out, as elsewhere: a file with fewer blocks than
+    /// bytes is taken to have holes. What is inside the inode is counted by itself, since no blocks are taken to be no data.
+    fn blocks512(&self) -> u64 {
+        let inside = match &self.body {
+            Body::Tree(_) if self.is_directory() => BLOCK_SIZE as u64,
+            Body::Inline(bytes) => bytes.len() as u64,
+            _ => 0,
+        };
+        self.blocks * (BLOCK_SIZE as u64 / 512) + inside.div_ceil(512)
+    }
+
+    /// Takes the right to act as owner and group away. Set-group-id without group execution is a mode of locking, and stays.
+    pub(crate) fn kill_set_ids(&mut self) {
+        self.mode &= !libc::S_ISUID;
+        if self.mode & libc::S_IXGRP != 0 {
+            self.mode &= !libc::S_ISGID;
+        }
+    }
+
+    /// Forgets all parent records but these. For directories, which have theirs in this block.
+    pub(crate) fn keep_records(&mut self, records: &[Parent]) {
+        self.parents.retain(|record| records.contains(record));
+        self.links = self.parents.len() as u32;
+    }
+
+    /// Forgets all parent records but these if it is a directory: it has one name, so that what else it has is left from an
+    /// exchange that a crash ended.
+    pub(crate) fn keep_records_of_directory(&mut self, records: &[Parent]) {
+        if self.is_directory() {
+            self.keep_records(records);
         }
     }
 

@@ -4,6 +4,7 @@
 //! and commit it. There is no journal: names are crash-atomic by the order of block writes (`directory`, `ops`).
 //! This layer knows no other node.
 
+pub mod acl;
 pub mod btree;
 pub mod check;
 pub mod crash;
@@ -21,5 +22,7 @@ pub mod transaction;
 pub use error::{FsError, Result};
 pub use format::{ExtentRecord, Superblock, Time};
 pub use inode::{Attributes, Body, FileKind, Ino, Inode, Parent};
-pub use ops::{Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes, StatFs};
+pub use ops::{
+    AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes, StatFs,
+};
 pub use transaction::{Source, Transaction};

@@ -148,7 +148,7 @@ mod tests {
         if !root_user {
             return;
         }
-        let profile = Profile { exotic, exchange: true, ..Profile::default() };
+        let profile = Profile { exotic, ..Profile::default() };
         for seed in 0..20 {
             let run = |steps: &[Step]| {
                 let dir = tempfile::tempdir().unwrap();

@@ -17,15 +17,13 @@ pub struct Profile {
     pub data_percent: u64,
     /// Whether sparse files of terabytes occur.
     pub huge: bool,
-    /// Whether `fallocate`, FIFOs and extended attributes occur.
+    /// Whether `fallocate`, FIFOs, extended attributes, names that change places and whiteouts occur.
     pub exotic: bool,
-    /// Whether names change places (which Pulsar refuses unless it can be atomic).
-    pub exchange: bool,
 }
 
 impl Default for Profile {
     fn default() -> Self {
-        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent: 50, huge: true, exotic: true, exchange: false }
+        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent: 50, huge: true, exotic: true }
     }
 }
 
@@ -204,7 +202,8 @@ impl Generator {
             42..57 => {
                 let flag = match self.rng.below(10) {
                     0 => RenameFlag::NoReplace,
-                    1 if self.profile.exchange => RenameFlag::Exchange,
+                    1 | 2 if exotic => RenameFlag::Exchange,
+                    3 if exotic => RenameFlag::Whiteout,
                     _ => RenameFlag::Replace,
                 };
                 let old = self.rng.percent(40);

@@ -31,6 +31,8 @@ pub enum RenameFlag {
     NoReplace,
     /// `RENAME_EXCHANGE`.
     Exchange,
+    /// `RENAME_WHITEOUT`: replaces it, and leaves a character device 0/0.
+    Whiteout,
 }
 
 /// What `fallocate` does.

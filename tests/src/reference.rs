@@ -84,6 +84,7 @@ enum Body {
     Dir(BTreeMap<String, u64>),
     Symlink(String),
     Fifo,
+    Whiteout,
 }
 
 #[derive(Clone, Debug)]
@@ -110,6 +111,7 @@ impl Node {
             Body::Dir(_) => FileKind::Dir,
             Body::Symlink(_) => FileKind::Symlink,
             Body::Fifo => FileKind::Fifo,
+            Body::Whiteout => FileKind::Other,
         }
     }
 
@@ -232,13 +234,13 @@ impl Oracle {
         self.slots.get(&(node, slot)).copied().ok_or(EBADF)
     }
 
-    /// Whether an operation would open a FIFO, which can block, or a directory (which, once it is removed on another node,
+    /// Whether an operation would open a FIFO, which can block, a whiteout, which is no device, or a directory (which, once it is removed on another node,
     /// cannot be asked for anything): generators leave such operations out.
     #[must_use]
     pub fn opens_unsuited(&self, op: &Op) -> bool {
         let Op::Open { path, how, .. } = op else { return false };
         self.resolve(path, false).is_ok_and(|ino| match self.node(ino).kind() {
-            FileKind::Fifo => true,
+            FileKind::Fifo | FileKind::Other => true,
             FileKind::Dir => !how.write && !how.create,
             _ => false,
         })
@@ -580,6 +582,10 @@ impl Oracle {
             self.drop_link(target);
         }
         self.reparent(moved, to_dir);
+        if flag == RenameFlag::Whiteout {
+            let whiteout = self.insert(Body::Whiteout, 0, from_dir);
+            self.entries(from_dir).insert(from_name.to_owned(), whiteout);
+        }
         Ok(Reply::Done)
     }
 

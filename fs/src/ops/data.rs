@@ -13,6 +13,7 @@
 
 use super::payload::ZEROS;
 pub use super::payload::{FileData, Payload};
+use super::xattr::drop_capability;
 use crate::extent::{self, RESIDUE, Removed, Run};
 use crate::format::{BODY_LEN, FILE_SIZE_MAX};
 use crate::inode::{Body, FileKind, Inode};
@@ -115,19 +116,29 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `IsDirectory`, `Invalid` if it is not a file; `Stale`, `Corrupt`, those of the disk.
     pub async fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<FileData> {
+        let (data, is_due) = self.read_data(ino, offset, size).await?;
+        if is_due {
+            self.accessed(ino).await;
+        }
+        Ok(data)
+    }
+
+    /// Reads; and says whether the access time is due to be changed.
+    async fn read_data(&self, ino: Ino, offset: u64, size: u32) -> Result<(FileData, bool)> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let inode = self.load(Source::disk(self.disk()), ino).await?;
         check_file(&inode)?;
+        let is_due = size > 0 && self.access_is_due(&inode);
         let end = offset.saturating_add(u64::from(size)).min(inode.size);
         let mut data = FileData::new(inode.data_version);
         if offset >= end {
-            return Ok(data);
+            return Ok((data, is_due));
         }
         if let Body::Inline(bytes) = &inode.body {
             let len = bytes.len() as u64;
             data.push(bytes.slice(offset.min(len) as usize..end.min(len) as usize));
             data.push_zeros(end - offset - data.len());
-            return Ok(data);
+            return Ok((data, is_due));
         }
         let (first, last) = (offset / BS, (end - 1) / BS);
         let runs = extent::map(Source::disk(self.disk()), &inode, first, last + 1).await?;
@@ -152,7 +163,7 @@ impl<D: Disk> FileSystem<D> {
         }
         data.push_zeros(end - at);
         self.read_ahead(&inode, offset, end).await;
-        Ok(data)
+        Ok((data, is_due))
     }
 
     /// Has blocks fetched that a sequential reader will want next. What fails here fails again when it is really read.
@@ -232,16 +243,16 @@ impl<D: Disk> FileSystem<D> {
             return Ok(Step::Residue);
         }
         let mut tx = Transaction::new(self.disk());
-        let after = put(&mut tx, &mut inode, offset, end, fill).await?;
+        let mut after = put(&mut tx, &mut inode, offset, end, fill).await?;
         inode.size = inode.size.max(end);
         if kill {
-            inode.mode &= !0o4000;
-            if inode.mode & 0o010 != 0 {
-                inode.mode &= !0o2000;
-            }
+            inode.kill_set_ids();
         }
+        let powerless = drop_capability(&mut tx, &mut inode).await?;
+        after.extend(&powerless.after);
         self.changed(&mut inode);
-        inode.write(&mut tx, &after);
+        let written = After::Write(inode.write(&mut tx, &after));
+        powerless.free(&mut tx, &inode, written);
         tx.commit()?;
         Ok(Step::Done(offset))
     }

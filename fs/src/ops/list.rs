@@ -6,7 +6,7 @@ use crate::error::{FsError, Result};
 use crate::inode::{Attributes, FileKind, Ino};
 use crate::transaction::Source;
 use bytes::Bytes;
-use sld::{Disk, Mode};
+use sld::{Disk, DiskError, Mode};
 
 /// Names looked at under one hold of the directory's token.
 const BATCH: usize = 64;
@@ -18,11 +18,13 @@ pub struct DirEntry {
     pub ino: Ino,
     /// Name.
     pub name: Bytes,
+    /// Generation of the inode, as the entry says (0 for `.` and `..`).
+    pub generation: u64,
     /// Type.
     pub kind: FileKind,
     /// Where to go on after this entry.
     pub next_cookie: u64,
-    /// Attributes, if they were asked for (and the inode was still there).
+    /// Attributes, if they were asked for; if they were and there are none, the inode is damaged.
     pub attributes: Option<Attributes>,
 }
 
@@ -39,53 +41,67 @@ impl<D: Disk> FileSystem<D> {
         sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
         plus: bool,
     ) -> Result<()> {
+        if self.list(ino, cookie, sink, plus).await? {
+            self.accessed(ino).await;
+        }
+        Ok(())
+    }
+
+    /// Lists; and says whether the access time is due to be changed.
+    async fn list(&self, ino: Ino, cookie: u64, sink: &mut (dyn FnMut(DirEntry) -> bool + Send), plus: bool) -> Result<bool> {
         let mut position = cookie;
         if position < 2 {
-            let dir = self.inode(ino).await?;
-            if !dir.is_directory() {
-                return Err(FsError::NotDirectory);
-            }
-            let up = dir.parents.first().map_or(ino, |parent| Ino(parent.dir));
+            let up = match self.directory_above(ino).await {
+                Err(FsError::NotFound) => ino,
+                up => up?,
+            };
             for (name, target, next) in [(&b"."[..], ino, 1), (b"..", up, 2)] {
                 if position >= next {
                     continue;
                 }
                 let attributes = if plus { self.attributes(target).await.ok() } else { None };
                 let kind = FileKind::Directory;
-                if !sink(DirEntry { ino: target, name: Bytes::from_static(name), kind, next_cookie: next, attributes }) {
-                    return Ok(());
+                let name = Bytes::from_static(name);
+                if !sink(DirEntry { ino: target, name, generation: 0, kind, next_cookie: next, attributes }) {
+                    return Ok(false);
                 }
             }
             position = 2;
         }
         loop {
-            let (listed, end) = self.batch(ino, position).await?;
+            let (listed, end, is_due) = self.batch(ino, position).await?;
             let children = if plus { self.attributes_of(&listed).await? } else { Vec::new() };
             for (index, (next, entry)) in listed.iter().enumerate() {
                 position = *next;
                 let Some(entry) = entry else {
                     continue; // None of the candidates is valid.
                 };
-                let attributes = children.get(index).copied().flatten();
+                let attributes = match children.get(index) {
+                    Some(Child::Gone) => continue,
+                    Some(Child::Known(attributes)) => Some(*attributes),
+                    Some(Child::Damaged) | None => None,
+                };
                 let shown = DirEntry {
                     ino: entry.ino,
                     name: entry.name.clone(),
+                    generation: entry.generation,
                     kind: attributes.map_or(entry.kind, |a| a.kind),
                     next_cookie: *next,
                     attributes,
                 };
                 if !sink(shown) {
-                    return Ok(());
+                    return Ok(is_due);
                 }
             }
             if end {
-                return Ok(());
+                return Ok(is_due);
             }
         }
     }
 
-    /// The next names after a position with what they lead to; and whether these are the last.
-    async fn batch(&self, ino: Ino, position: u64) -> Result<(Vec<(u64, Option<Entry>)>, bool)> {
+    /// The next names after a position with what they lead to; whether these are the last; and whether the directory's access
+    /// time is due to be changed.
+    async fn batch(&self, ino: Ino, position: u64) -> Result<(Vec<(u64, Option<Entry>)>, bool, bool)> {
         let mut locks = Locks::new([(ino.object(), Mode::Shared)]);
         'again: loop {
             let mut work = self.begin_read(&mut locks).await?;
@@ -95,29 +111,32 @@ impl<D: Disk> FileSystem<D> {
             }
             let dir = work.inodes.get(&ino).ok_or(FsError::Stale)?;
             let listed: Vec<Listed> = directory::list(work.tx.source(), dir, position, BATCH).await?;
-            let end = listed.len() < BATCH;
+            let (end, is_due) = (listed.len() < BATCH, self.access_is_due(dir));
             let mut shown = Vec::with_capacity(listed.len());
             for name in listed {
                 // Rule 2: a name without a flag is trusted; else its candidates are judged.
                 let entry = if name.flagged() {
-                    match work.judge(ino, name.hash, &name.candidates, Mode::Shared).await? {
-                        Some((valid, _)) => valid.into_iter().next(),
-                        None => {
+                    match work.judge(ino, name.hash, &name.candidates, Mode::Shared).await {
+                        Ok(Some((valid, _))) => valid.into_iter().next(),
+                        Ok(None) => {
                             locks.need(work.needs);
                             continue 'again;
                         }
+                        // Who touches the name is told.
+                        Err(error) if is_damage(&error) => name.candidates.into_iter().next_back(),
+                        Err(error) => return Err(error),
                     }
                 } else {
                     name.candidates.into_iter().next()
                 };
                 shown.push((name.position, entry));
             }
-            return Ok((shown, end));
+            return Ok((shown, end, is_due));
         }
     }
 
-    /// The attributes of listed inodes, each as it is now.
-    async fn attributes_of(&self, listed: &[(u64, Option<Entry>)]) -> Result<Vec<Option<Attributes>>> {
+    /// What is known of listed inodes, each as it is now. A damaged one does not hide the others.
+    async fn attributes_of(&self, listed: &[(u64, Option<Entry>)]) -> Result<Vec<Child>> {
         let entries = || listed.iter().filter_map(|(_, entry)| entry.as_ref());
         let wants: Vec<_> = entries().map(|entry| (entry.ino.object(), Mode::Shared)).collect();
         let _tokens = self.tokens(&wants).await?;
@@ -126,18 +145,34 @@ impl<D: Disk> FileSystem<D> {
                 self.disk().read_ahead(entry.ino.object(), &[entry.ino.block()]);
             }
         }
-        let mut attributes = Vec::with_capacity(listed.len());
+        let mut children = Vec::with_capacity(listed.len());
         for (_, entry) in listed {
             let Some(entry) = entry else {
-                attributes.push(None);
+                children.push(Child::Gone);
                 continue;
             };
-            match self.load(Source::disk(self.disk()), entry.ino).await {
-                Ok(inode) if inode.generation == entry.generation => attributes.push(Some(inode.attributes())),
-                Ok(_) | Err(FsError::Stale) => attributes.push(None),
+            children.push(match self.load(Source::disk(self.disk()), entry.ino).await {
+                Ok(inode) if inode.generation == entry.generation => Child::Known(inode.attributes()),
+                Ok(_) | Err(FsError::Stale) => Child::Gone,
+                Err(error) if is_damage(&error) => {
+                    tracing::warn!(%error, ino = %entry.ino, "listed without attributes");
+                    Child::Damaged
+                }
                 Err(error) => return Err(error),
-            }
+            });
         }
-        Ok(attributes)
+        Ok(children)
     }
+}
+
+/// A listed inode.
+enum Child {
+    Known(Attributes),
+    /// Removed since its name was read.
+    Gone,
+    Damaged,
+}
+
+fn is_damage(error: &FsError) -> bool {
+    matches!(error, FsError::Corrupt { .. } | FsError::Disk(DiskError::Corrupt(_)))
 }

@@ -35,12 +35,7 @@ impl<D: Disk> FileSystem<D> {
             return self.attributes(parent).await;
         }
         if name == b".." {
-            let dir = self.inode(parent).await?;
-            if !dir.is_directory() {
-                return Err(FsError::NotDirectory);
-            }
-            let up = dir.parents.first().ok_or(FsError::NotFound)?;
-            return self.attributes(Ino(up.dir)).await;
+            return self.attributes(self.directory_above(parent).await?).await;
         }
         let mut locks = Locks::new([(parent.object(), Mode::Shared)]);
         loop {
@@ -53,6 +48,24 @@ impl<D: Disk> FileSystem<D> {
             };
             let winner = resolved.winner().ok_or(FsError::NotFound)?.ino;
             return Ok(work.inode(winner)?.attributes());
+        }
+    }
+
+    /// The directory that a directory is in; of the root, itself.
+    ///
+    /// # Errors
+    /// `NotDirectory`; `NotFound` if it was removed; `Stale`; those of the disk.
+    pub(crate) async fn directory_above(&self, ino: Ino) -> Result<Ino> {
+        let mut locks = Locks::new([(ino.object(), Mode::Shared)]);
+        loop {
+            let mut work = self.begin_read(&mut locks).await?;
+            if !work.load(ino).await?.is_directory() {
+                return Err(FsError::NotDirectory);
+            }
+            match work.above(ino).await? {
+                Some(record) => return Ok(Ino(record.dir)),
+                None => locks.need(work.needs),
+            }
         }
     }
 
@@ -69,19 +82,28 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Invalid` if it is not one; `Stale`; those of the disk.
     pub async fn read_link(&self, ino: Ino) -> Result<Bytes> {
+        let (target, is_due) = self.target_of(ino).await?;
+        if is_due {
+            self.accessed(ino).await;
+        }
+        Ok(target)
+    }
+
+    async fn target_of(&self, ino: Ino) -> Result<(Bytes, bool)> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let source = Source::disk(self.disk());
         let inode = self.load(source, ino).await?;
         if inode.kind() != FileKind::Symlink {
             return Err(FsError::Invalid("not a symbolic link"));
         }
-        match &inode.body {
-            Body::Inline(target) => Ok(target.clone()),
+        let target = match &inode.body {
+            Body::Inline(target) => target.clone(),
             _ => {
                 let chunks = btree::range(source, &inode, 0, 64).await?;
-                Ok(chunks.iter().flat_map(|(_, chunk)| chunk.iter().copied()).collect())
+                chunks.iter().flat_map(|(_, chunk)| chunk.iter().copied()).collect()
             }
-        }
+        };
+        Ok((target, self.access_is_due(&inode)))
     }
 
     /// Space of the file system.

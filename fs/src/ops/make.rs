@@ -1,6 +1,6 @@
 //! Making files, directories, links by name, and special files.
 
-use super::{FileSystem, Locks};
+use super::{FileSystem, Locks, xattr};
 use crate::btree;
 use crate::directory::{Entry, check_name};
 use crate::error::{FsError, Result};
@@ -44,7 +44,8 @@ impl NewNode<'_> {
 }
 
 impl<D: Disk> FileSystem<D> {
-    /// Makes a name and a new inode for it. `mode`: permission bits, the caller's umask taken off already.
+    /// Makes a name and a new inode for it. `mode`: permission bits; the directory's default list or else the caller's umask
+    /// limit them.
     ///
     /// # Errors
     /// `Exists`, `NotFound` (the directory was removed), `NotDirectory`, `NameTooLong`, `NoSpace`, `TooManyLinks`, `Stale`,
@@ -109,8 +110,10 @@ impl<D: Disk> FileSystem<D> {
                 }
                 _ => {}
             }
+            let dir = work.inodes.get(&parent).ok_or(FsError::Stale)?;
+            let inherited = xattr::inherit(&mut work.tx, dir, &mut inode, caller.umask).await?;
             // Rule 3: the inode, then an entry that needs no flag.
-            let write = inode.write(&mut work.tx, &[]);
+            let write = inode.write(&mut work.tx, &inherited.after);
             let mut after = work.before_entry(parent, now, is_directory)?;
             after.push(After::Write(write));
             after.extend(resolved.judged());

@@ -25,6 +25,7 @@
 //!
 //! Excludes: file data and extended attributes (`data`, `xattr`), the kernel (`shell`).
 
+mod access;
 mod attributes;
 pub mod data;
 mod handles;
@@ -43,6 +44,7 @@ pub(crate) mod testing;
 mod work;
 pub mod xattr;
 
+pub use access::AccessTimes;
 pub use attributes::SetAttributes;
 pub use handles::OpenFlags;
 pub use list::DirEntry;
@@ -50,7 +52,7 @@ pub use lookup::StatFs;
 pub use make::NewNode;
 pub(crate) use reclaim::attribute_blocks;
 pub use rename::RenameFlags;
-pub(crate) use work::{Held, Locks, Work};
+pub(crate) use work::{Locks, Work};
 
 use crate::directory::NameHash;
 use crate::error::{FsError, Result};
@@ -77,6 +79,8 @@ pub struct Caller {
     pub gid: u32,
     /// Process.
     pub pid: u32,
+    /// Permissions that what it makes does not get.
+    pub umask: u32,
 }
 
 /// What a new file system is made of.
@@ -112,6 +116,8 @@ pub struct FileSystem<D: Disk> {
     streams: stream::Streams,
     /// Replaced files that live on for a moment.
     lingering: linger::Lingering,
+    /// Reads that the inodes' access times do not show yet.
+    accesses: access::Accesses,
 }
 
 fn first_block(disk: &impl Disk) -> Result<BlockNo> {
@@ -171,6 +177,7 @@ impl<D: Disk> FileSystem<D> {
             names: Mutex::default(),
             streams: stream::Streams::default(),
             lingering: linger::Lingering::default(),
+            accesses: access::Accesses::default(),
         };
         if !fs.inode(fs.root()).await?.is_directory() {
             return Err(FsError::corrupt(fs.root().block(), "the root is not a directory"));

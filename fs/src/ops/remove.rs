@@ -70,6 +70,9 @@ impl<D: Disk> FileSystem<D> {
             let gone = work.put(parent, resolved.hash, &bucket, resolved.counter, &after).await?;
             work.after_entry(parent, now, u32::from(directory), gone)?;
             let mut orphans = Vec::new();
+            if let Some(entry) = resolved.winner() {
+                work.inode(winner)?.keep_records_of_directory(&[entry.record(parent, resolved.hash)]);
+            }
             for entry in &resolved.valid {
                 let record = entry.record(parent, resolved.hash);
                 orphans.extend(work.drop_record(entry.ino, record, now, gone).await?);

@@ -1,18 +1,25 @@
-//! Moving names: the crash-atomic rename.
+//! Moving names: the crash-atomic rename, exchange and whiteout.
+//!
+//! One inode's block is the commit point of all three. When the old name is to lead to something else afterwards (the other
+//! one of an exchange, a whiteout), that *stand-in* first gets a record for the old name that loses against the moved inode's,
+//! which takes a higher number for this. It shows as soon as the moved inode swaps its record, in the same instant as the new
+//! name.
 
 use super::data::later;
 use super::work::Resolved;
 use super::{FileSystem, Locks, Work};
 use crate::directory::{Bucket, Entry, check_name};
 use crate::error::{FsError, Result};
-use crate::inode::{FileKind, Ino, Parent};
+use crate::format::Time;
+use crate::inode::{FileKind, Ino, Inode, Parent};
 use crate::ops::Caller;
 use crate::parents;
 use bytes::Bytes;
 use cluster::BlockNo;
+use nix::libc;
 use sld::{After, Disk, Mode, ObjectId, WriteId};
 
-/// What a rename does with a name that is there.
+/// What a rename does with a name that is there, and with the old one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RenameFlags {
     /// It is replaced.
@@ -20,8 +27,22 @@ pub enum RenameFlags {
     Replace,
     /// The rename fails.
     NoReplace,
-    /// The two change places. Only possible (atomically) for two names in one entry block; else `Invalid`.
+    /// The two change places.
     Exchange,
+    /// It is replaced, and a whiteout (a character device 0/0) takes the old name.
+    Whiteout,
+    /// The rename fails; else a whiteout takes the old name.
+    WhiteoutNoReplace,
+}
+
+impl RenameFlags {
+    fn replaces(self) -> bool {
+        matches!(self, RenameFlags::Replace | RenameFlags::Whiteout)
+    }
+
+    fn leaves_whiteout(self) -> bool {
+        matches!(self, RenameFlags::Whiteout | RenameFlags::WhiteoutNoReplace)
+    }
 }
 
 /// The most directories above another: more means a cycle.
@@ -32,14 +53,14 @@ const MOVING: ObjectId = ObjectId::Rename(0);
 
 impl<D: Disk> FileSystem<D> {
     /// Moves a name, atomically even across crashes: at every moment the inode has the old name or the new one, and a name
-    /// that is replaced always leads somewhere.
+    /// that is replaced always leads somewhere. An exchange happens to both names at once.
     ///
     /// # Errors
-    /// `NotFound`, `Exists`, `IsDirectory`, `NotDirectory`, `NotEmpty`, `Invalid` (a directory below itself; an exchange that
-    /// cannot be atomic), `TooManyLinks`, `NameTooLong`, `NoSpace`, `Stale`, those of the disk.
+    /// `NotFound`, `Exists`, `IsDirectory`, `NotDirectory`, `NotEmpty`, `Invalid` (a directory below itself), `TooManyLinks`,
+    /// `NameTooLong`, `NoSpace`, `Stale`, those of the disk.
     pub async fn rename(
         &self,
-        _caller: &Caller,
+        caller: &Caller,
         parent: Ino,
         name: &[u8],
         new_parent: Ino,
@@ -64,10 +85,11 @@ impl<D: Disk> FileSystem<D> {
             };
             let moved = old.winner().ok_or(FsError::NotFound)?.clone();
             let displaced = new.winner().cloned();
-            if flags == RenameFlags::NoReplace && displaced.is_some() {
+            let exchange = flags == RenameFlags::Exchange;
+            if displaced.is_some() && !exchange && !flags.replaces() {
                 return Err(FsError::Exists);
             }
-            if flags == RenameFlags::Exchange && displaced.is_none() {
+            if displaced.is_none() && exchange {
                 return Err(FsError::NotFound);
             }
             if displaced.as_ref().is_some_and(|d| d.ino == moved.ino) {
@@ -77,14 +99,16 @@ impl<D: Disk> FileSystem<D> {
             if moves_directory && parent != new_parent && !self.may_move(&mut work, &mut locks, moved.ino, new_parent).await? {
                 continue;
             }
-            if flags == RenameFlags::Exchange {
-                drop(work.exchange(&old, &new).await?);
-                return Ok(());
-            }
-            let mut replaces_directory = false;
+            let mut displaces_directory = false;
             if let Some(target) = &displaced {
-                replaces_directory = work.inode(target.ino)?.is_directory();
-                match (moves_directory, replaces_directory) {
+                displaces_directory = work.inode(target.ino)?.is_directory();
+                match (moves_directory, displaces_directory) {
+                    (_, true) if exchange => {
+                        if parent != new_parent && !self.may_move(&mut work, &mut locks, target.ino, parent).await? {
+                            continue;
+                        }
+                    }
+                    _ if exchange => {}
                     (true, false) => return Err(FsError::NotDirectory),
                     (false, true) => return Err(FsError::IsDirectory),
                     (true, true) => match work.is_empty(target.ino).await? {
@@ -98,17 +122,39 @@ impl<D: Disk> FileSystem<D> {
                     (false, false) => {}
                 }
             }
-            let (orphans, blocks) = work.rename(&old, &new, moves_directory, replaces_directory).await?;
+            // An exchange has two directions. A directory is better moved than let stand in: it never has two records then.
+            let swapped = exchange && displaces_directory && !moves_directory;
+            let (old, new) = if swapped { (new, old) } else { (old, new) };
+            let mut adopted = None;
+            let stand_in = match (&new.winner(), exchange) {
+                (Some(other), true) => StandIn::Other((*other).clone()),
+                _ if flags.leaves_whiteout() => {
+                    let inode = self.whiteout(&mut work, caller, old.dir).await?;
+                    adopted = Some(self.disk().adopt(inode.ino.object()));
+                    StandIn::Whiteout(Box::new(inode))
+                }
+                _ => StandIn::Nobody,
+            };
+            let done = work.rename(&old, &new, stand_in).await?;
             let held = work.commit()?;
-            for block in blocks {
-                self.remember_name(moved.ino, block);
+            for (ino, block) in done.names {
+                self.remember_name(ino, block);
             }
-            drop(held);
+            drop((held, adopted));
             if self.lingers_too_much() {
                 self.let_go(false).await;
             }
-            return self.reclaim_all(orphans).await;
+            return self.reclaim_all(done.orphans).await;
         }
+    }
+
+    /// A new whiteout, in memory; its block is allocated.
+    async fn whiteout(&self, work: &mut Work<'_, D>, caller: &Caller, parent: Ino) -> Result<Inode> {
+        let ino = Ino(work.tx.alloc(Some(parent.block()), 1).await?.start.pack());
+        let dir = work.inode(parent)?;
+        let gid = if dir.mode & libc::S_ISGID != 0 { dir.gid } else { caller.gid };
+        let mode = FileKind::CharDevice.mode_bits();
+        Ok(Inode::new(ino, self.next_generation(), mode, caller.uid, gid, self.now()))
     }
 
     /// Whether a directory may go into another: not below itself. False if tokens are missing (they are noted then).
@@ -132,7 +178,10 @@ impl<D: Disk> FileSystem<D> {
                 return Ok(complete);
             }
             let up = if work.want(at.object(), Mode::Shared) {
-                work.load(at).await?.parents.first().copied()
+                work.load(at).await?;
+                let up = work.above(at).await?;
+                complete &= up.is_some();
+                up
             } else {
                 // Not held yet: a hint as to what will be needed, which the next attempt verifies.
                 complete = false;
@@ -185,75 +234,115 @@ impl<D: Disk> Work<'_, D> {
         old: &Resolved,
         new: &Resolved,
         buckets: &Buckets,
-        counters: (u64, u64),
+        counter: u64,
         after: &[After],
     ) -> Result<(WriteId, WriteId)> {
-        let first = match &buckets.new {
-            None => counters.0.max(counters.1),
-            Some(_) => counters.0,
-        };
-        let old_write = self.put(old.dir, old.hash, &buckets.old, first, after).await?;
+        let old_write = self.put(old.dir, old.hash, &buckets.old, counter, after).await?;
         let new_write = match &buckets.new {
-            Some(bucket) => self.put(new.dir, new.hash, bucket, counters.1, after).await?,
+            Some(bucket) => self.put(new.dir, new.hash, bucket, counter, after).await?,
             None => old_write,
         };
         Ok((old_write, new_write))
     }
 
-    /// Builds a rename. Returns large orphans to be reclaimed, and the entry blocks of the new name.
-    async fn rename(
-        &mut self,
-        old: &Resolved,
-        new: &Resolved,
-        moves_directory: bool,
-        replaces_directory: bool,
-    ) -> Result<(Vec<Ino>, Vec<BlockNo>)> {
+    /// An inode changes one record for another, in one write of its block, after `after`. A directory has no other record
+    /// then: an exchange that a crash ended may have left it a second one.
+    async fn swap_record(&mut self, ino: Ino, from: Parent, to: Parent, now: Time, after: &[After]) -> Result<WriteId> {
+        let inode = self.inodes.get_mut(&ino).ok_or(FsError::Stale)?;
+        let mut change = parents::Change::default();
+        if inode.is_directory() {
+            inode.keep_records(&[]);
+        } else {
+            change = parents::remove(&mut self.tx, inode, from).await?.unwrap_or_default();
+        }
+        let added = parents::add(&mut self.tx, inode, to).await?;
+        inode.ctime = later(now, inode.ctime);
+        let mut edges: Vec<After> = after.iter().copied().chain(change.after).chain(added.after).collect();
+        edges.retain(|edge| *edge != After::Block(ino.block()));
+        let write = inode.write(&mut self.tx, &edges);
+        for block in change.free.into_iter().chain(added.free) {
+            self.tx.free(ino.object(), block, &[After::Write(write)]);
+        }
+        Ok(write)
+    }
+
+    /// Builds a rename.
+    async fn rename(&mut self, old: &Resolved, new: &Resolved, stand_in: StandIn) -> Result<Renamed> {
         let moved = old.winner().ok_or(FsError::NotFound)?.clone();
         let now = self.fs.now();
-        let seq = new.counter + 1;
-        let gains_subdir = moves_directory && old.dir != new.dir;
+        let across = old.dir != new.dir;
+        let moves_directory = self.inode(moved.ino)?.is_directory();
+        let exchange = matches!(stand_in, StandIn::Other(_));
+        let displaces_directory = match new.winner() {
+            Some(entry) => self.inode(entry.ino)?.is_directory(),
+            None => false,
+        };
+        // Numbers: of the stand-in's entry, below that of the moved inode's second one for the old name; of the new name's.
+        let last = old.counter.max(new.counter);
+        let (hidden, second, seq) = (last + 1, last + 2, last + 3);
+        let new_record = Parent { dir: new.dir.0, hash: new.hash, seq };
+        let hidden_record = Parent { dir: old.dir.0, hash: old.hash, seq: hidden };
+
         // Rule 6: the old entry is flagged, and the new one written flagged: one write if it is one block. Rule 7: losers go.
         // What is judged invalid goes after what it was judged by (rules 8a, 10).
-        let mut after = self.before_entry(new.dir, now, gains_subdir)?;
-        self.before_entry(old.dir, now, false)?;
+        let mut after = self.before_entry(new.dir, now, moves_directory && across)?;
+        after.extend(self.before_entry(old.dir, now, exchange && displaces_directory && across)?);
         after.extend(old.judged().chain(new.judged()).chain(self.name_of_dir(new.dir)));
         let mut buckets = Buckets::of(old, new);
         buckets.old.flag(&old.name, moved.seq, true);
+        if let Some(entry) = stand_in.entry() {
+            after.extend(self.name_of_dir(old.dir));
+            let name = Bytes::copy_from_slice(&old.name);
+            buckets.old.add(Entry { seq: hidden, flagged: true, slot: 0, name: name.clone(), ..entry })?;
+            buckets.old.add(Entry { seq: second, flagged: true, slot: 0, name, ..moved.clone() })?;
+        }
         buckets.target().add(Entry { seq, flagged: true, slot: 0, name: Bytes::copy_from_slice(&new.name), ..moved.clone() })?;
-        let (flagged, tentative) = self.put_both(old, new, &buckets, (old.counter, seq), &after).await?;
+        let (flagged, tentative) = self.put_both(old, new, &buckets, seq, &after).await?;
+        let mut names = vec![(moved.ino, self.tx.block_of(tentative))];
 
-        // The commit: the inode swaps its record, in one block. Rule 9: after the entry blocks of its names. Rule 11: after
-        // the displaced inodes.
-        let inode = self.inodes.get_mut(&moved.ino).ok_or(FsError::Stale)?;
-        let mut change = parents::remove(&mut self.tx, inode, moved.record(old.dir, old.hash)).await?.unwrap_or_default();
-        let added = parents::add(&mut self.tx, inode, Parent { dir: new.dir.0, hash: new.hash, seq }).await?;
-        inode.ctime = later(now, inode.ctime);
-        change.after.extend(added.after);
-        change.free.extend(added.free);
-        let mut after = change.after;
-        after.extend([After::Write(flagged), After::Write(tentative)]);
+        // The stand-in's record for the old name, after the moved inode's second one, against which it loses.
+        // Rule 9: a commit goes after the entry blocks of the inode's names. Rule 11: after the displaced inodes.
+        let mut after = vec![After::Write(flagged), After::Write(tentative)];
         after.extend(self.fs.name_blocks(moved.ino).into_iter().map(After::Block));
         after.extend(new.judged());
-        after.retain(|edge| *edge != After::Block(moved.ino.block()));
-        let commit = inode.write(&mut self.tx, &after);
-        for block in change.free {
-            self.tx.free(moved.ino.object(), block, &[After::Write(commit)]);
+        let mut from = moved.record(old.dir, old.hash);
+        let stands_in = stand_in.ino();
+        if let Some(ino) = stands_in {
+            let to = Parent { seq: second, ..from };
+            let renumbered = self.swap_record(moved.ino, from, to, now, &after).await?;
+            from = to;
+            let shown = new.winner().map(|entry| entry.record(new.dir, new.hash));
+            let write = self.add_hidden(stand_in, shown, hidden_record, now, renumbered).await?;
+            after.push(After::Write(write));
+            names.push((ino, self.tx.block_of(flagged)));
         }
+        // The commit: the moved inode swaps its record, in one block.
+        let commit = self.swap_record(moved.ino, from, new_record, now, &after).await?;
 
         // Rules 6 and 8: the old entry goes; the displaced one goes and the new one loses its flag, in one write.
-        let in_place = self.tx.block_of(tentative);
-        buckets.old.remove(&old.name, &[moved.seq]);
+        buckets.old.remove(&old.name, &[moved.seq, second]);
+        buckets.old.flag(&old.name, hidden, false);
         let displaced: Vec<u64> = new.valid.iter().map(|entry| entry.seq).collect();
         buckets.target().remove(&new.name, &displaced);
         buckets.target().flag(&new.name, seq, false);
-        let (old_gone, cleaned) = self.put_both(old, new, &buckets, (old.counter, seq), &[After::Write(commit)]).await?;
-        self.after_entry(old.dir, now, u32::from(gains_subdir), old_gone)?;
-        self.after_entry(new.dir, now, u32::from(replaces_directory), cleaned)?;
+        let (old_clean, new_clean) = self.put_both(old, new, &buckets, seq, &[After::Write(commit)]).await?;
+        self.after_entry(old.dir, now, u32::from(moves_directory && across), old_clean)?;
+        self.after_entry(new.dir, now, u32::from(displaces_directory && (across || !exchange)), new_clean)?;
+        names.push((moved.ino, self.tx.block_of(new_clean)));
+        names.extend(stands_in.map(|ino| (ino, self.tx.block_of(old_clean))));
 
         // Then the displaced inode loses its record; so do the inodes of valid candidates that had lost before.
         let mut orphans = Vec::new();
-        for (resolved, entries, gone) in [(new, &new.valid[..], cleaned), (old, old.valid.get(1..).unwrap_or(&[]), old_gone)] {
-            for entry in entries {
+        if let Some(entry) = new.winner() {
+            let record = entry.record(new.dir, new.hash);
+            self.inode(entry.ino)?.keep_records_of_directory(&[record, hidden_record]);
+            if entry.kind == FileKind::File && !exchange {
+                self.fs.linger(entry.ino);
+            }
+            orphans.extend(self.drop_record(entry.ino, record, now, new_clean).await?);
+        }
+        for (resolved, gone) in [(new, new_clean), (old, old_clean)] {
+            for entry in resolved.valid.iter().skip(1) {
                 if entry.kind == FileKind::File {
                     self.fs.linger(entry.ino);
                 }
@@ -261,73 +350,79 @@ impl<D: Disk> Work<'_, D> {
                 orphans.extend(self.drop_record(entry.ino, record, now, gone).await?);
             }
         }
-        Ok((orphans, vec![in_place, self.tx.block_of(cleaned)]))
+        Ok(Renamed { orphans, names })
     }
 
-    /// Builds and commits an exchange: possible if both entries are in one block, whose write is the commit then.
-    async fn exchange(mut self, old: &Resolved, new: &Resolved) -> Result<super::Held<D>> {
-        if old.dir != new.dir || old.leaf.block != new.leaf.block {
-            tracing::info!(
-                old = %old.dir, new = %new.dir,
-                "an exchange of names in different entry blocks was refused: it could not be made atomic"
-            );
-            return Err(FsError::Invalid("only names in one entry block can be exchanged atomically"));
-        }
-        let dir = old.dir;
-        let now = self.fs.now();
-        let (a, b) = match (old.winner(), new.winner()) {
-            (Some(a), Some(b)) => (a.clone(), b.clone()),
-            _ => return Err(FsError::NotFound),
-        };
-        // 1. The block, losers dropped (rule 7), with the counter beyond the two new numbers: no number is used twice (rule 1).
-        let (a_seq, b_seq) = (old.counter.max(new.counter) + 1, old.counter.max(new.counter) + 2);
-        self.before_entry(dir, now, false)?;
-        let mut buckets = Buckets::of(old, new);
-        let judged: Vec<After> = old.judged().chain(new.judged()).collect();
-        let (settled_a, settled_b) = self.put_both(old, new, &buckets, (b_seq, b_seq), &judged).await?;
-        // 2. Both inodes gain records that no entry has yet.
-        let mut prepared = Vec::new();
-        let gains = [
-            (a.ino, Parent { dir: dir.0, hash: new.hash, seq: b_seq }),
-            (b.ino, Parent { dir: dir.0, hash: old.hash, seq: a_seq }),
-        ];
-        for (ino, record) in gains {
-            let inode = self.inodes.get_mut(&ino).ok_or(FsError::Stale)?;
-            let change = parents::add(&mut self.tx, inode, record).await?;
-            inode.ctime = later(now, inode.ctime);
-            let mut after = change.after;
-            after.extend([After::Write(settled_a), After::Write(settled_b)]);
-            after.extend(self.fs.name_blocks(ino).into_iter().map(After::Block));
-            let write = inode.write(&mut self.tx, &after);
-            for block in change.free {
-                self.tx.free(ino.object(), block, &[After::Write(write)]);
+    /// Gives the stand-in its record for the old name, after `renumbered`. `shown`: its record for the new name.
+    async fn add_hidden(
+        &mut self,
+        stand_in: StandIn,
+        shown: Option<Parent>,
+        hidden: Parent,
+        now: Time,
+        renumbered: WriteId,
+    ) -> Result<WriteId> {
+        let mut after = vec![After::Write(renumbered)];
+        match stand_in {
+            StandIn::Whiteout(mut inode) => {
+                inode.parents.push(hidden);
+                inode.links = 1;
+                Ok(inode.write(&mut self.tx, &after))
             }
-            prepared.push(After::Write(write));
-        }
-        // 3. The commit: one write of the block.
-        buckets.old.remove(&old.name, &[a.seq]);
-        buckets.old.add(Entry { seq: a_seq, flagged: false, name: Bytes::copy_from_slice(&old.name), ..b.clone() })?;
-        buckets.target().remove(&new.name, &[b.seq]);
-        buckets.target().add(Entry { seq: b_seq, flagged: false, name: Bytes::copy_from_slice(&new.name), ..a.clone() })?;
-        let (commit_a, commit_b) = self.put_both(old, new, &buckets, (b_seq, b_seq), &prepared).await?;
-        if commit_a != commit_b {
-            return Err(FsError::Invalid("only names in one entry block can be exchanged atomically"));
-        }
-        let block = self.tx.block_of(commit_a);
-        self.after_entry(dir, now, 0, commit_a)?;
-        // 4. The inodes lose the old records.
-        for (resolved, entry) in [(old, &a), (new, &b)] {
-            self.drop_record(entry.ino, entry.record(dir, resolved.hash), now, commit_a).await?;
-        }
-        for (resolved, gone) in [(old, settled_a), (new, settled_b)] {
-            for entry in resolved.valid.iter().skip(1) {
-                self.drop_record(entry.ino, entry.record(dir, resolved.hash), now, gone).await?;
+            StandIn::Other(entry) => {
+                let inode = self.inodes.get_mut(&entry.ino).ok_or(FsError::Stale)?;
+                inode.keep_records_of_directory(&shown.into_iter().collect::<Vec<_>>());
+                let change = parents::add(&mut self.tx, inode, hidden).await?;
+                inode.ctime = later(now, inode.ctime);
+                after.extend(change.after);
+                after.extend(self.fs.name_blocks(entry.ino).into_iter().map(After::Block));
+                let write = inode.write(&mut self.tx, &after);
+                for block in change.free {
+                    self.tx.free(entry.ino.object(), block, &[After::Write(write)]);
+                }
+                Ok(write)
             }
+            StandIn::Nobody => Ok(renumbered),
         }
-        let fs = self.fs;
-        let held = self.commit()?;
-        fs.remember_name(a.ino, block);
-        fs.remember_name(b.ino, block);
-        Ok(held)
     }
+}
+
+/// Who takes the old name when the moved inode leaves it.
+enum StandIn {
+    Nobody,
+    /// The inode that has the new name, by its entry there.
+    Other(Entry),
+    /// A new inode.
+    Whiteout(Box<Inode>),
+}
+
+impl StandIn {
+    fn ino(&self) -> Option<Ino> {
+        self.entry().map(|entry| entry.ino)
+    }
+
+    /// An entry that leads to it; name, slot and number are still to be set.
+    fn entry(&self) -> Option<Entry> {
+        match self {
+            StandIn::Nobody => None,
+            StandIn::Other(entry) => Some(entry.clone()),
+            StandIn::Whiteout(inode) => Some(Entry {
+                ino: inode.ino,
+                generation: inode.generation,
+                seq: 0,
+                kind: inode.kind(),
+                flagged: true,
+                slot: 0,
+                name: Bytes::new(),
+            }),
+        }
+    }
+}
+
+/// What a rename leaves to be done after its commit.
+struct Renamed {
+    /// Large orphans to be reclaimed.
+    orphans: Vec<Ino>,
+    /// Entry blocks of new names.
+    names: Vec<(Ino, BlockNo)>,
 }

@@ -16,7 +16,7 @@ pub(crate) async fn fresh(mirrors: &[u32]) -> FileSystem<MemoryDisk> {
     FileSystem::mount(disk, clock).await.unwrap()
 }
 
-pub(crate) const ROOT: Caller = Caller { uid: 0, gid: 0, pid: 1 };
+pub(crate) const ROOT: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 
 async fn names(fs: &FileSystem<MemoryDisk>, dir: Ino) -> Vec<String> {
     let mut names = Vec::new();
@@ -357,7 +357,7 @@ async fn a_large_file_is_freed_in_bounded_operations() {
         let payload = data::Payload::new(0, &vec![i as u8; 1 << 20]);
         fs.write(file, data::At::Offset(i * (3 << 20)), payload, false).await.unwrap();
     }
-    assert!(fs.attributes(file).await.unwrap().blocks512 > 12 * 2048);
+    assert_eq!(fs.attributes(file).await.unwrap().blocks512, 12 * 2048);
     fs.disk().record();
     fs.unlink(&ROOT, root, b"f").await.unwrap();
     let operations = fs.disk().recorded();
@@ -388,4 +388,149 @@ async fn a_loss_is_told_to_those_whom_it_concerns() {
     assert_eq!(fs.fsync(other, false).await, lost);
     fs.disk().lose(FlushTarget::Object(root.object()));
     assert_eq!(fs.fsync_directory(root).await, lost);
+}
+
+/// An access control list of owner, a named user, owning group, mask (if not 9) and others.
+fn acl(owner: u16, named: u16, group: u16, mask: u16, other: u16) -> Vec<u8> {
+    let entries = [(1, owner, u32::MAX), (2, named, 1000), (4, group, u32::MAX), (16, mask, u32::MAX), (32, other, u32::MAX)];
+    let mut bytes = 2u32.to_le_bytes().to_vec();
+    for (tag, perm, id) in entries.into_iter().filter(|(tag, _, _)| mask != 9 || ![2, 16].contains(tag)) {
+        bytes.extend([(tag as u16).to_le_bytes(), perm.to_le_bytes()].concat());
+        bytes.extend(u32::to_le_bytes(id));
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn lists_and_modes_follow_each_other() {
+    use crate::acl::{ACCESS, DEFAULT};
+    use crate::ops::xattr::SetMode::Any;
+    let fs = fresh(&[4096]).await;
+    let f = fs.make(&ROOT, fs.root(), b"f", NewNode::File, 0o644).await.unwrap().ino;
+    let mode = |ino| {
+        let fs = &fs;
+        async move { fs.attributes(ino).await.unwrap().mode & 0o7777 }
+    };
+    let chmod = |mode| SetAttributes { mode: Some(mode), ..SetAttributes::default() };
+    fs.set_xattr(f, ACCESS, &acl(6, 7, 5, 6, 0), Any).await.unwrap();
+    assert_eq!(mode(f).await, 0o660, "the mask is what the group's bits show");
+    fs.set_attributes(&ROOT, f, chmod(0o2751)).await.unwrap();
+    assert_eq!(fs.get_xattr(f, ACCESS).await.unwrap(), acl(7, 7, 5, 5, 1));
+    assert_eq!(fs.list_xattr(f, false).await.unwrap(), b"system.posix_acl_access\0");
+    // A list that says no more than the mode becomes the mode.
+    fs.set_xattr(f, ACCESS, &acl(6, 0, 4, 9, 0), Any).await.unwrap();
+    assert_eq!((mode(f).await, fs.get_xattr(f, ACCESS).await), (0o2640, Err(FsError::NoData)));
+    fs.remove_xattr(f, ACCESS).await.unwrap();
+    fs.set_attributes(&ROOT, f, chmod(0o600)).await.unwrap();
+    assert_eq!(mode(f).await, 0o600);
+    assert_eq!(fs.set_xattr(f, DEFAULT, &acl(6, 7, 5, 6, 0), Any).await, Err(FsError::AccessDenied));
+    assert!(matches!(fs.set_xattr(f, ACCESS, b"nonsense", Any).await, Err(FsError::NotSupported)));
+    let link = fs.make(&ROOT, fs.root(), b"l", NewNode::Symlink(b"f"), 0o777).await.unwrap().ino;
+    assert_eq!(fs.set_xattr(link, ACCESS, &acl(6, 7, 5, 6, 0), Any).await, Err(FsError::NotSupported));
+}
+
+#[tokio::test]
+async fn new_files_inherit_the_default_list() {
+    use crate::acl::{ACCESS, DEFAULT};
+    use crate::ops::xattr::SetMode::Any;
+    let fs = fresh(&[4096]).await;
+    let free = fs.stat_fs().await.unwrap().free;
+    let caller = Caller { umask: 0o077, ..ROOT };
+    let dir = fs.make(&caller, fs.root(), b"dir", NewNode::Directory, 0o777).await.unwrap();
+    assert_eq!(dir.mode & 0o777, 0o700, "without a default list the umask counts");
+    let default = acl(7, 7, 5, 7, 4);
+    fs.set_xattr(dir.ino, DEFAULT, &default, Any).await.unwrap();
+    assert_eq!(fs.attributes(dir.ino).await.unwrap().mode & 0o777, 0o700, "a default list is not about the directory");
+    let file = fs.make(&caller, dir.ino, b"file", NewNode::File, 0o666).await.unwrap();
+    assert_eq!(file.mode & 0o777, 0o664);
+    assert_eq!(fs.get_xattr(file.ino, ACCESS).await.unwrap(), acl(6, 7, 5, 6, 4));
+    assert_eq!(fs.get_xattr(file.ino, DEFAULT).await, Err(FsError::NoData));
+    let sub = fs.make(&caller, dir.ino, b"sub", NewNode::Directory, 0o777).await.unwrap();
+    assert_eq!(sub.mode & 0o777, 0o774);
+    assert_eq!(fs.get_xattr(sub.ino, DEFAULT).await.unwrap(), default);
+    let below = fs.make(&caller, sub.ino, b"below", NewNode::File, 0o600).await.unwrap();
+    assert_eq!(fs.get_xattr(below.ino, ACCESS).await.unwrap(), acl(6, 7, 5, 0, 0));
+    // A default list that says no more than a mode limits the mode, and leaves no list.
+    fs.set_xattr(dir.ino, DEFAULT, &acl(7, 0, 5, 9, 0), Any).await.unwrap();
+    let plain = fs.make(&caller, dir.ino, b"plain", NewNode::File, 0o666).await.unwrap();
+    assert_eq!((plain.mode & 0o777, fs.get_xattr(plain.ino, ACCESS).await), (0o640, Err(FsError::NoData)));
+    // A link has neither.
+    let link = fs.make(&caller, dir.ino, b"link", NewNode::Symlink(b"x"), 0o777).await.unwrap();
+    assert_eq!(link.mode & 0o777, 0o777);
+    for (parent, name) in [(sub.ino, &b"below"[..]), (dir.ino, b"file"), (dir.ino, b"plain"), (dir.ino, b"link")] {
+        fs.unlink(&ROOT, parent, name).await.unwrap();
+    }
+    fs.rmdir(&ROOT, dir.ino, b"sub").await.unwrap();
+    fs.rmdir(&ROOT, fs.root(), b"dir").await.unwrap();
+    assert_eq!(fs.stat_fs().await.unwrap().free, free);
+}
+
+#[tokio::test]
+async fn who_changes_a_program_takes_its_powers_away() {
+    use crate::ops::data::{At, Payload};
+    use crate::ops::xattr::SetMode::Any;
+    const CAPABILITY: &[u8] = b"security.capability";
+    let fs = fresh(&[4096]).await;
+    for (number, mode) in (0..6).zip([0o6755, 0o755, 0o755, 0o755, 0o6755, 0o6755]) {
+        let name = format!("f{number}");
+        let f = fs.make(&ROOT, fs.root(), name.as_bytes(), NewNode::File, 0o6755).await.unwrap().ino;
+        // Beside others, so that some are in blocks of their own.
+        fs.set_xattr(f, b"user.long", &vec![7; 65_536], Any).await.unwrap();
+        fs.set_xattr(f, CAPABILITY, &[1; 20], Any).await.unwrap();
+        let set = SetAttributes::default();
+        match number {
+            0 => drop(fs.write(f, At::Offset(0), Payload::new(0, b"x"), false).await.unwrap()),
+            1 => drop(fs.write(f, At::Offset(0), Payload::new(0, b"x"), true).await.unwrap()),
+            2 => drop(fs.set_attributes(&ROOT, f, SetAttributes { uid: Some(5), ..set }).await.unwrap()),
+            3 => drop(fs.set_attributes(&ROOT, f, SetAttributes { size: Some(0), kill: true, ..set }).await.unwrap()),
+            4 => drop(fs.set_attributes(&ROOT, f, SetAttributes { size: Some(9), ..set }).await.unwrap()),
+            _ => drop(fs.set_attributes(&ROOT, f, SetAttributes { mtime: Some(Time::default()), ..set }).await.unwrap()),
+        }
+        assert_eq!(fs.attributes(f).await.unwrap().mode & 0o7777, mode, "change {number}");
+        let kept = fs.get_xattr(f, CAPABILITY).await.is_ok();
+        assert_eq!(kept, number == 5, "change {number}");
+        assert_eq!(fs.get_xattr(f, b"user.long").await.unwrap(), vec![7; 65_536]);
+    }
+    assert_eq!(fs.set_xattr(fs.root(), b"user.long", &vec![7; 65_537], Any).await, Err(FsError::TooBig));
+}
+
+#[tokio::test]
+async fn a_directory_with_a_damaged_inode_lists_all_its_names() {
+    let fs = fresh(&[4096]).await;
+    let mut inodes = Vec::new();
+    for name in [&b"a"[..], b"b", b"c"] {
+        inodes.push(fs.make(&ROOT, fs.root(), name, NewNode::File, 0o644).await.unwrap().ino);
+    }
+    let mut image = fs.disk().image();
+    let (tag, bytes) = image[&inodes[1].block()].clone();
+    let mut bytes = bytes.to_vec();
+    bytes[4] = 99; // A version that nobody knows.
+    image.insert(inodes[1].block(), (tag, bytes.into()));
+    let fs = FileSystem::mount(MemoryDisk::from_image(&[4096], image), clock()).await.unwrap();
+    for plus in [false, true] {
+        let mut listed = Vec::new();
+        let mut sink = |entry: DirEntry| {
+            listed.push((entry.ino, entry.attributes.is_some()));
+            true
+        };
+        fs.read_directory(fs.root(), 2, &mut sink, plus).await.unwrap();
+        listed.sort_unstable();
+        let expected: Vec<_> = inodes.iter().map(|ino| (*ino, plus && *ino != inodes[1])).collect();
+        assert_eq!(listed, expected);
+    }
+    assert_eq!(fs.lookup(fs.root(), b"b").await.unwrap_err().errno(), nix::libc::EIO);
+    assert!(fs.lookup(fs.root(), b"a").await.is_ok());
+}
+
+#[tokio::test]
+async fn a_removed_directory_that_is_open_is_empty_and_takes_no_new_names() {
+    let fs = fresh(&[4096]).await;
+    let dir = fs.make(&ROOT, fs.root(), b"dir", NewNode::Directory, 0o755).await.unwrap().ino;
+    fs.open(dir, OpenFlags::default()).await.unwrap();
+    fs.rmdir(&ROOT, fs.root(), b"dir").await.unwrap();
+    assert_eq!(names(&fs, dir).await, [""; 0]);
+    assert_eq!(fs.attributes(dir).await.unwrap().nlink, 0);
+    assert_eq!(fs.make(&ROOT, dir, b"x", NewNode::File, 0o644).await, Err(FsError::NotFound));
+    fs.close(dir).await.unwrap();
+    assert_eq!(fs.attributes(dir).await, Err(FsError::Stale));
 }

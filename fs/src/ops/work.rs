@@ -2,11 +2,10 @@
 
 use super::data::later;
 use super::{FileSystem, load};
-use crate::btree::Leaf;
 use crate::directory::{self, Bucket, Entry};
 use crate::error::{FsError, Result};
 use crate::format::Time;
-use crate::inode::{Ino, Inode};
+use crate::inode::{Ino, Inode, Parent};
 use crate::parents;
 use crate::transaction::Transaction;
 use sld::{After, Disk, Mode, ObjectId, Want, WriteId};
@@ -70,7 +69,6 @@ pub(crate) struct Resolved {
     pub(crate) name: Vec<u8>,
     pub(crate) hash: u64,
     pub(crate) bucket: Bucket,
-    pub(crate) leaf: Leaf,
     /// Highest sequence number given out so far.
     pub(crate) counter: u64,
     /// Highest first: the first one is what the name means.
@@ -223,7 +221,35 @@ impl<'a, D: Disk> Work<'a, D> {
         let Some((valid, invalid)) = self.judge(dir, hash, &candidates, mode).await? else {
             return Ok(None);
         };
-        Ok(Some(Resolved { dir, name: name.to_vec(), hash, bucket, leaf, counter, valid, invalid }))
+        Ok(Some(Resolved { dir, name: name.to_vec(), hash, bucket, counter, valid, invalid }))
+    }
+
+    /// The parent record that makes a loaded directory's name; `None` if tokens are missing. There is one record, unless a
+    /// crash ended an exchange of directories.
+    pub(crate) async fn above(&mut self, ino: Ino) -> Result<Option<Parent>> {
+        let records = self.inodes.get(&ino).ok_or(FsError::Stale)?.parents.clone();
+        let first = *records.first().ok_or(FsError::NotFound)?;
+        for record in records.iter().filter(|_| records.len() > 1) {
+            let dir = Ino(record.dir);
+            if !self.want(dir.object(), Mode::Shared) {
+                return Ok(None);
+            }
+            match self.load(dir).await {
+                Ok(inode) if inode.is_directory() => {}
+                Ok(_) | Err(FsError::Stale) => continue,
+                Err(error) => return Err(error),
+            }
+            let inode = self.inodes.get(&dir).ok_or(FsError::Stale)?;
+            let (bucket, _) = directory::bucket(self.tx.source(), inode, record.hash).await?;
+            let Some(entry) = bucket.entries.iter().find(|entry| entry.ino == ino && entry.seq == record.seq) else { continue };
+            let candidates: Vec<Entry> = bucket.of(&entry.name).cloned().collect();
+            match self.judge(dir, record.hash, &candidates, Mode::Shared).await? {
+                None => return Ok(None),
+                Some((valid, _)) if valid.first() == Some(entry) => return Ok(Some(*record)),
+                Some(_) => {}
+            }
+        }
+        Ok(Some(first))
     }
 
     /// Whether a loaded directory has no valid name. `None` if tokens are missing.

@@ -4,14 +4,17 @@
 //! in the chain the attributes are a stream of records: `u8` name length, `u32` value length, name, value. A block of the
 //! chain holds a part of the stream: `u32` length of the part, `u32` 0, the part.
 //!
-//! Excludes: POSIX ACLs (`NotSupported`); who may set what (the kernel checks).
+//! POSIX ACLs are attributes, too; setting one sets the mode (`acl`).
+//!
+//! Excludes: who may set what (the kernel checks).
 
 use super::data::later;
+use crate::acl::{self, Acl};
 use crate::format::{
     ATTRIBUTE_BLOCKS_MAX, ATTRIBUTES_AT, ATTRIBUTES_INLINE_MAX, ATTRIBUTES_NEXT_AT, NAME_MAX, check_header, get_u32, get_u64,
     magic, put_header, put_u32, put_u64,
 };
-use crate::inode::Inode;
+use crate::inode::{FileKind, HAS_ACCESS_ACL, HAS_CAPABILITY, HAS_DEFAULT_ACL, Inode};
 use crate::transaction::{Source, Transaction};
 use crate::{FileSystem, FsError, Ino, Result};
 use bytes::Bytes;
@@ -43,9 +46,16 @@ pub enum SetMode {
 
 type Attributes = BTreeMap<Vec<u8>, Bytes>;
 
+/// The capabilities that a program gets. They are taken away by whoever changes the file (`Inode::flags` says whether there
+/// are any).
+const CAPABILITY: &[u8] = b"security.capability";
+
 fn check_name(name: &[u8]) -> Result<()> {
     if name.len() > NAME_MAX {
         return Err(FsError::Range);
+    }
+    if name == acl::ACCESS || name == acl::DEFAULT {
+        return Ok(());
     }
     if NAMESPACES.iter().any(|n| name.starts_with(n) && name.len() > n.len()) { Ok(()) } else { Err(FsError::NotSupported) }
 }
@@ -176,11 +186,14 @@ impl<D: Disk> FileSystem<D> {
         if value.len() > VALUE_MAX {
             return Err(FsError::TooBig);
         }
-        self.change_xattrs(ino, |attributes| {
+        self.change_xattrs(ino, |inode, attributes| {
             match (mode, attributes.contains_key(name)) {
                 (SetMode::Create, true) => return Err(FsError::Exists),
                 (SetMode::Replace, false) => return Err(FsError::NoData),
                 _ => {}
+            }
+            if name == acl::ACCESS || name == acl::DEFAULT {
+                return set_acl(inode, attributes, name, value);
             }
             attributes.insert(name.to_vec(), Bytes::copy_from_slice(value));
             Ok(())
@@ -194,37 +207,153 @@ impl<D: Disk> FileSystem<D> {
     /// Those of `get_xattr`.
     pub async fn remove_xattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         check_name(name)?;
-        self.change_xattrs(ino, |attributes| attributes.remove(name).map(|_| ()).ok_or(FsError::NoData)).await
+        let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
+        self.change_xattrs(ino, |_, attributes| match attributes.remove(name) {
+            // A list that is not there says what the mode says, and may be taken away as often as one likes.
+            None if !is_acl => Err(FsError::NoData),
+            _ => Ok(()),
+        })
+        .await
     }
 
-    async fn change_xattrs(&self, ino: Ino, change: impl FnOnce(&mut Attributes) -> Result<()>) -> Result<()> {
+    async fn change_xattrs(&self, ino: Ino, change: impl FnOnce(&mut Inode, &mut Attributes) -> Result<()>) -> Result<()> {
         self.disk().admit().await?;
         let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
-        let mut attributes = all(Source::disk(self.disk()), &inode).await?;
-        change(&mut attributes)?;
-        let (inline, stream) = place(&attributes);
-        if stream.len() > ATTRIBUTE_BLOCKS_MAX * STREAM_LEN {
-            return Err(FsError::NoSpace);
-        }
-        let (old_blocks, old_stream) = chain(Source::disk(self.disk()), &inode).await?;
         let mut tx = Transaction::new(self.disk());
-        let mut after = Vec::new();
-        let is_moved = stream != old_stream;
-        if is_moved {
-            (inode.attribute_block, after) = write_chain(&mut tx, &mut inode, &stream).await?;
-            inode.blocks = inode.blocks.saturating_sub(old_blocks.len() as u64);
-        }
-        inode.attributes_inline = Bytes::from(inline);
+        let changed = change_attributes(&mut tx, &mut inode, change).await?;
         inode.ctime = later(self.now(), inode.ctime);
-        let written = inode.write(&mut tx, &after);
-        if is_moved {
-            for block in old_blocks {
-                tx.free(inode.object(), block, &[After::Write(written)]);
-            }
-        }
+        changed.write(&mut tx, &inode);
         tx.commit()
     }
+}
+
+/// A change of an inode's attributes: what the inode comes after, and what is freed after it.
+#[derive(Default)]
+pub(super) struct Changed {
+    pub(super) after: Vec<After>,
+    free: Vec<BlockNo>,
+}
+
+impl Changed {
+    /// Writes the inode, whose attributes this was about.
+    fn write<D: Disk>(self, tx: &mut Transaction<'_, D>, inode: &Inode) {
+        let written = inode.write(tx, &self.after);
+        self.free(tx, inode, After::Write(written));
+    }
+
+    /// Frees what the inode, which is written, no longer has.
+    pub(super) fn free<D: Disk>(self, tx: &mut Transaction<'_, D>, inode: &Inode, written: After) {
+        for block in self.free {
+            tx.free(inode.object(), block, &[written]);
+        }
+    }
+}
+
+/// Changes the attributes of an inode, which is still to be written.
+async fn change_attributes<D: Disk>(
+    tx: &mut Transaction<'_, D>,
+    inode: &mut Inode,
+    change: impl FnOnce(&mut Inode, &mut Attributes) -> Result<()>,
+) -> Result<Changed> {
+    let mut attributes = all(tx.source(), inode).await?;
+    change(inode, &mut attributes)?;
+    let has = |name: &[u8]| attributes.contains_key(name);
+    inode.flags &= !(HAS_CAPABILITY | HAS_ACCESS_ACL | HAS_DEFAULT_ACL);
+    for (name, flag) in [(CAPABILITY, HAS_CAPABILITY), (acl::ACCESS, HAS_ACCESS_ACL), (acl::DEFAULT, HAS_DEFAULT_ACL)] {
+        inode.flags |= if has(name) { flag } else { 0 };
+    }
+    let (inline, stream) = place(&attributes);
+    if stream.len() > ATTRIBUTE_BLOCKS_MAX * STREAM_LEN {
+        return Err(FsError::NoSpace);
+    }
+    let (old_blocks, old_stream) = chain(tx.source(), inode).await?;
+    inode.attributes_inline = Bytes::from(inline);
+    if stream == old_stream {
+        return Ok(Changed::default());
+    }
+    let (first, after) = write_chain(tx, inode, &stream).await?;
+    inode.attribute_block = first;
+    inode.blocks = inode.blocks.saturating_sub(old_blocks.len() as u64);
+    Ok(Changed { after, free: old_blocks })
+}
+
+/// Sets a list: the mode follows, and a list that says no more than the mode is not kept.
+fn set_acl(inode: &mut Inode, attributes: &mut Attributes, name: &[u8], value: &[u8]) -> Result<()> {
+    let is_default = name == acl::DEFAULT;
+    let list = Acl::decode(value)?;
+    match inode.kind() {
+        FileKind::Symlink => return Err(FsError::NotSupported),
+        FileKind::Directory => {}
+        _ if is_default && list.is_some() => return Err(FsError::AccessDenied),
+        _ => {}
+    }
+    if !is_default && let Some(list) = &list {
+        inode.mode = list.mode(inode.mode);
+    }
+    match list.filter(|list| is_default || !list.is_mode()) {
+        Some(list) => attributes.insert(name.to_vec(), Bytes::from(list.encode())),
+        None => attributes.remove(name),
+    };
+    Ok(())
+}
+
+fn list_of(attributes: &Attributes, name: &[u8]) -> Result<Option<Acl>> {
+    attributes.get(name).map_or(Ok(None), |bytes| Acl::decode(bytes))
+}
+
+/// The mode of an inode, which is still to be written, was set: its access list follows.
+pub(super) async fn follow_mode<D: Disk>(tx: &mut Transaction<'_, D>, inode: &mut Inode) -> Result<Changed> {
+    if inode.flags & HAS_ACCESS_ACL == 0 {
+        return Ok(Changed::default());
+    }
+    change_attributes(tx, inode, |inode, attributes| {
+        if let Some(list) = list_of(attributes, acl::ACCESS)? {
+            attributes.insert(acl::ACCESS.to_vec(), Bytes::from(list.with_mode(inode.mode).encode()));
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Gives a new inode, which is still to be written, what its directory's default list says; without one `umask` takes bits
+/// from its mode.
+pub(super) async fn inherit<D: Disk>(tx: &mut Transaction<'_, D>, dir: &Inode, inode: &mut Inode, umask: u32) -> Result<Changed> {
+    if inode.kind() == FileKind::Symlink {
+        return Ok(Changed::default());
+    }
+    let default = match dir.flags & HAS_DEFAULT_ACL {
+        0 => None,
+        _ => list_of(&all(tx.source(), dir).await?, acl::DEFAULT)?,
+    };
+    let Some(default) = default else {
+        inode.mode &= !(umask & 0o777);
+        return Ok(Changed::default());
+    };
+    let (mode, list) = default.inherit(inode.mode);
+    inode.mode = mode;
+    change_attributes(tx, inode, |inode, attributes| {
+        if let Some(list) = list {
+            attributes.insert(acl::ACCESS.to_vec(), Bytes::from(list.encode()));
+        }
+        if inode.is_directory() {
+            attributes.insert(acl::DEFAULT.to_vec(), Bytes::from(default.encode()));
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Takes away a program's capabilities, since its inode, which is still to be written, changes.
+pub(super) async fn drop_capability<D: Disk>(tx: &mut Transaction<'_, D>, inode: &mut Inode) -> Result<Changed> {
+    if inode.flags & HAS_CAPABILITY == 0 {
+        return Ok(Changed::default());
+    }
+    change_attributes(tx, inode, |_, attributes| {
+        attributes.remove(CAPABILITY);
+        Ok(())
+    })
+    .await
 }
 
 #[cfg(test)]
@@ -254,6 +383,7 @@ mod tests {
     fn only_known_namespaces() {
         assert!(check_name(b"user.x").is_ok());
         assert_eq!(check_name(b"user."), Err(FsError::NotSupported));
-        assert_eq!(check_name(b"system.posix_acl_access"), Err(FsError::NotSupported));
+        assert!(check_name(acl::ACCESS).is_ok());
+        assert_eq!(check_name(b"system.other"), Err(FsError::NotSupported));
     }
 }

@@ -19,6 +19,7 @@ use super::notify::Notify;
 use super::serve::Company;
 use super::signal;
 use super::translate::{self, Identity, errno};
+use crate::acl;
 use crate::ops::data::{Allocate, At, Payload, Seek};
 use crate::ops::xattr::SetMode;
 use crate::{Attributes, Caller, DirEntry, FileSystem, FsError, Ino, NewNode, SetAttributes};
@@ -174,7 +175,7 @@ impl<D: Disk> Fuse<D> {
 }
 
 fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
 }
 
 fn empty(result: Result<(), FsError>, reply: ReplyEmpty) {
@@ -216,7 +217,12 @@ macro_rules! operation {
 
 impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let required = InitFlags::FUSE_AUTO_INVAL_DATA | InitFlags::FUSE_MAX_PAGES | InitFlags::FUSE_ATOMIC_O_TRUNC;
+        let required = InitFlags::FUSE_AUTO_INVAL_DATA
+            | InitFlags::FUSE_MAX_PAGES
+            | InitFlags::FUSE_ATOMIC_O_TRUNC
+            // A directory's default list takes the umask's place, so that the kernel must leave it to us.
+            | InitFlags::FUSE_DONT_MASK
+            | InitFlags::FUSE_POSIX_ACL;
         config.add_capabilities(required).map_err(|missing| {
             let text = format!("this kernel's FUSE lacks {missing:?}; Linux 5.15 or newer is needed");
             io::Error::new(io::ErrorKind::Unsupported, text)
@@ -331,19 +337,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn mknod(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, rdev: u32, reply: ReplyEntry) {
+    fn mknod(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, rdev: u32, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
-            let result = front.fs.make(&caller, front.identity.ino(parent), &name, node, mode & 0o7777).await;
+            let result = front.fs.make(&Caller { umask, ..caller }, front.identity.ino(parent), &name, node, mode & 0o7777).await;
             front.entry(start, parent, result, None, reply);
         });
     }
 
-    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
-            let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Directory, mode & 0o7777).await;
+            let (caller, dir) = (Caller { umask, ..caller }, front.identity.ino(parent));
+            let result = front.fs.make(&caller, dir, &name, NewNode::Directory, mode & 0o7777).await;
             front.entry(start, parent, result, None, reply);
         });
     }
@@ -404,7 +411,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let node = front.identity.ino(ino);
             let result = async {
                 if truncate {
-                    let change = SetAttributes { size: Some(0), ..SetAttributes::default() };
+                    // The kernel leaves it to us what else a truncation does.
+                    let change = SetAttributes { size: Some(0), kill: caller.uid != 0, ..SetAttributes::default() };
                     front.fs.set_attributes(&caller, node, change).await?;
                 }
                 front.fs.open(node, translate::open_flags(flags)).await
@@ -418,12 +426,13 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn create(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, flags: i32, reply: ReplyCreate) {
+    fn create(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, flags: i32, reply: ReplyCreate) {
         let name = name.as_bytes().to_vec();
         let direct = OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY;
         operation!(self, request, |front, start, caller| {
             let result = async {
-                let made = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::File, mode & 0o7777).await?;
+                let (caller, dir) = (Caller { umask, ..caller }, front.identity.ino(parent));
+                let made = front.fs.make(&caller, dir, &name, NewNode::File, mode & 0o7777).await?;
                 front.fs.open(made.ino, translate::open_flags(OpenFlags(flags))).await
             };
             match result.await {
@@ -590,8 +599,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn opendir(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::empty());
+    fn opendir(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        operation!(self, request, |front, start, caller| {
+            // A directory that is open can be asked for what it is, and has nothing in it, when it has been removed.
+            match front.fs.open(front.identity.ino(ino), translate::open_flags(flags)).await {
+                Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn releasedir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        operation!(self, request, to_the_end, |front, start, caller| {
+            empty(front.fs.close(front.identity.ino(ino)).await, reply);
+        });
     }
 
     fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -627,19 +648,21 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                     identity.ino(ino),
                     offset,
                     &mut |entry: DirEntry| {
-                        let Some(attributes) = &entry.attributes else { return true };
-                        let node = identity.node(attributes.ino);
-                        let generation = attributes.generation;
+                        // Of a damaged inode the kernel is told a type, for no time: to look at it is EIO.
+                        let unknown = || identity.unknown(entry.ino, entry.kind);
+                        let attributes = entry.attributes.as_ref().map_or_else(unknown, |a| identity.attributes(a));
+                        let generation = entry.attributes.as_ref().map_or(entry.generation, |a| a.generation);
+                        let lifetime = if entry.attributes.is_some() { names } else { Duration::ZERO };
+                        let node = attributes.ino.0;
                         let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
-                        let told = Front::<D>::told(attributes);
-                        let ttl = front.known.tell(start, caller.pid, node, generation, told, counts, names);
-                        let attributes = identity.attributes(attributes);
+                        let told = entry.attributes.as_ref().and_then(Front::<D>::told);
+                        let ttl = front.known.tell(start, caller.pid, node, generation, told, counts, lifetime);
                         let name = OsStr::from_bytes(&entry.name);
                         let full = reply.add(
                             INodeNo(node),
                             entry.next_cookie,
                             name,
-                            &ttl.min(names),
+                            &ttl.min(lifetime),
                             &attributes,
                             Generation(generation),
                         );
@@ -694,7 +717,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             _ => return reply.error(Errno::EINVAL),
         };
         operation!(self, request, |front, start, caller| {
-            empty(front.fs.set_xattr(front.identity.ino(ino), &name, &value, mode).await, reply);
+            let ino = front.identity.ino(ino);
+            let result = async {
+                front.fs.set_xattr(ino, &name, &value, mode).await?;
+                if name == acl::ACCESS && caller.uid != 0 {
+                    // Who is not in the file's group cannot have its programs act as the group.
+                    let found = front.fs.attributes(ino).await?;
+                    if found.mode & nix::libc::S_ISGID != 0 && !signal::is_in_group(&caller, found.gid) {
+                        let mode = Some(found.mode & 0o7777 & !nix::libc::S_ISGID);
+                        front.fs.set_attributes(&caller, ino, SetAttributes { mode, ..SetAttributes::default() }).await?;
+                    }
+                }
+                Ok(())
+            };
+            empty(result.await, reply);
         });
     }
 

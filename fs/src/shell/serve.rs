@@ -114,7 +114,7 @@ impl<D: Disk> Server<D> {
         self.mounts.peers.lock().push(Arc::downgrade(&peer));
         drop(peer);
 
-        runtime.spawn(tend(Arc::downgrade(&self.fs), stopped));
+        runtime.spawn(tend(Arc::downgrade(&self.fs), Arc::downgrade(&self.mounts), stopped));
 
         let mut config = Config::default();
         config.acl = SessionACL::All;
@@ -147,7 +147,7 @@ impl<D: Disk> Server<D> {
 }
 
 /// What is to be done every now and then while a file system is mounted.
-async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mut stop: watch::Receiver<bool>) {
+async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mounts: Weak<Mounts>, mut stop: watch::Receiver<bool>) {
     loop {
         let stopped = tokio::select! {
             biased;
@@ -158,6 +158,10 @@ async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mut stop: watch::Receiver<bool>)
         fs.let_go(stopped).await;
         if stopped {
             return;
+        }
+        let changed = fs.set_access_times().await;
+        if let Some(mounts) = mounts.upgrade() {
+            changed.into_iter().for_each(|ino| mounts.each(|peer| peer.revoked(ino.0, None)));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Signals of processes whose requests wait.
+//! What `/proc` says of processes: signals of those whose requests wait, and their groups.
 //!
 //! The kernel's own way of telling (INTERRUPT) does not reach us, and without an answer a process that was killed stays. So
 //! while a request waits, the thread that made it is looked at from time to time.
@@ -38,6 +38,16 @@ impl Signals {
     fn of(thread: u32) -> Option<Signals> {
         std::fs::read_to_string(format!("/proc/{thread}/status")).ok().map(|s| Signals::parse(&s))
     }
+}
+
+/// Whether a process is in a group, as far as can be seen from here.
+pub(super) fn is_in_group(caller: &crate::Caller, group: u32) -> bool {
+    let groups = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", caller.pid)).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("Groups:"))?;
+        Some(line.split_whitespace().any(|number| number.parse() == Ok(group)))
+    };
+    caller.gid == group || groups().unwrap_or(false)
 }
 
 async fn watch(thread: u32, poll: Duration, over: impl Fn(&Signals) -> bool) {

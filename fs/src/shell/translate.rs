@@ -47,6 +47,29 @@ impl Identity {
     }
 }
 
+impl Identity {
+    /// Of an inode whose attributes cannot be read: its number and type.
+    pub(crate) fn unknown(&self, ino: Ino, of: FileKind) -> FileAttr {
+        FileAttr {
+            ino: INodeNo(self.node(ino)),
+            size: 0,
+            blocks: 0,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: kind(of),
+            perm: 0,
+            nlink: 0,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
 /// The number that the kernel is told.
 pub(crate) fn errno(error: &FsError) -> Errno {
     if matches!(error, FsError::Corrupt { .. } | FsError::Disk(_)) {
@@ -108,6 +131,10 @@ pub(crate) fn rename_flags(flags: fuser::RenameFlags) -> Option<crate::RenameFla
     match flags {
         fuser::RenameFlags::RENAME_NOREPLACE => Some(crate::RenameFlags::NoReplace),
         fuser::RenameFlags::RENAME_EXCHANGE => Some(crate::RenameFlags::Exchange),
+        fuser::RenameFlags::RENAME_WHITEOUT => Some(crate::RenameFlags::Whiteout),
+        flags if flags == fuser::RenameFlags::RENAME_WHITEOUT | fuser::RenameFlags::RENAME_NOREPLACE => {
+            Some(crate::RenameFlags::WhiteoutNoReplace)
+        }
         flags => flags.is_empty().then_some(crate::RenameFlags::Replace),
     }
 }

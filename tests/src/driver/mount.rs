@@ -66,6 +66,7 @@ impl MountDriver {
                     RenameFlag::Replace => 0,
                     RenameFlag::NoReplace => libc::RENAME_NOREPLACE,
                     RenameFlag::Exchange => libc::RENAME_EXCHANGE,
+                    RenameFlag::Whiteout => libc::RENAME_WHITEOUT,
                 };
                 let (from, to) = (c_path(&at(from))?, c_path(&at(to))?);
                 // SAFETY: both paths are C strings that outlive the call.

@@ -294,6 +294,7 @@ impl<D: Disk> Driver for NodeDriver<D> {
                     RenameFlag::Replace => RenameFlags::Replace,
                     RenameFlag::NoReplace => RenameFlags::NoReplace,
                     RenameFlag::Exchange => RenameFlags::Exchange,
+                    RenameFlag::Whiteout => RenameFlags::Whiteout,
                 };
                 done(fs.rename(&caller, from, from_name.as_bytes(), to, to_name.as_bytes(), flags).await)
             }
