@@ -154,3 +154,23 @@ async fn a_new_life_ends_the_sessions_of_the_old_one() {
     assert!(seen.contains(&Event::Gone(NodeId(1), Incarnation(1))));
     assert!(seen.contains(&Event::Message(NodeId(1), Incarnation(2), Message::new("second life"))));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_is_free_when_shutdown_returns() {
+    let authority = Authority::new([7; 16]).unwrap();
+    let mut a = start(1, authority.identity(NodeId(1)).unwrap()).await;
+    let mut b = start(2, authority.identity(NodeId(2)).unwrap()).await;
+    introduce(&[&a, &b]);
+    a.transport.send(NodeId(2), Service::Token, Message::new("x"));
+    assert!(matches!(next(&mut b).await, Event::Message(..)));
+    b.transport.send(NodeId(1), Service::Token, Message::new("y"));
+    assert!(matches!(next(&mut a).await, Event::Message(..)));
+    let addr = a.transport.local_addr().unwrap();
+    a.transport.shutdown().await;
+    // The transport is still held, and told things: neither keeps the address.
+    a.transport.configure(Incarnation(2), &BTreeMap::from([(NodeId(3), b.addr.clone())]));
+    a.transport.send(NodeId(2), Service::Token, Message::new("late"));
+    std::net::UdpSocket::bind(addr).expect("UDP");
+    // As a daemon binds it: connections that have ended do not count.
+    tokio::net::TcpListener::bind(addr).await.expect("TCP");
+}

@@ -5,11 +5,13 @@
 //!
 //! Invariants: those of [`Transport`]; and nothing is read from a connection whose other end has not shown a certificate of
 //! the cluster's authority for the very node that it claims to be.
+//! Once [`QuicTransport::shutdown`] has returned, both sockets are closed: the address can be bound again.
 //!
 //! Excludes: certificates and joining (`identity`), who is a member (`membership`).
 
 mod frame;
 mod link;
+mod socket;
 #[doc(hidden)]
 pub mod testing;
 mod tether;
@@ -23,6 +25,8 @@ use crate::transport::{Message, Peer, PeerAddr, PeerWatcher, Receiver, Service, 
 use frame::Hello;
 use link::{Link, Links};
 use parking_lot::{Mutex, RwLock};
+use quinn::Runtime;
+use socket::Socket;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -42,6 +46,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(3);
 const CONNECTIONS_MAX: usize = 4096;
 /// How often an address that is in use is tried, every [`RETRY`].
 const BIND_TRIES_MAX: u32 = 20;
+/// How long the end of its connections may take when a node shuts down.
+const TELL_MAX: Duration = Duration::from_millis(500);
 /// Pause after a failed attempt, so that a peer that is down costs nothing.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -82,6 +88,7 @@ pub(crate) struct Shared {
     cluster: [u8; 16],
     incarnation: watch::Sender<Incarnation>,
     endpoint: quinn::Endpoint,
+    socket: Arc<Socket>,
     client: quinn::ClientConfig,
     peers: RwLock<BTreeMap<NodeId, PeerState>>,
     receivers: RwLock<[Option<Arc<dyn Receiver>>; Service::ALL.len()]>,
@@ -89,7 +96,8 @@ pub(crate) struct Shared {
     watcher: RwLock<Option<Arc<dyn PeerWatcher>>>,
     runtime: tokio::runtime::Handle,
     local: mpsc::UnboundedSender<(Service, Message)>,
-    tasks: Mutex<JoinSet<()>>,
+    /// `None` once the transport is shut down: nothing is started any more.
+    tasks: Mutex<Option<JoinSet<()>>>,
     join: Option<Arc<dyn JoinHandler>>,
 }
 
@@ -117,13 +125,16 @@ impl QuicTransport {
         let mut config = quinn::EndpointConfig::default();
         config.max_udp_payload_size(9_000).map_err(io::Error::other)?;
         let socket = patiently(async || udp_socket(addr)).await?;
-        let endpoint = quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))?;
+        let socket = Arc::new(Socket::new(quinn::TokioRuntime.wrap_udp_socket(socket)?)?);
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket.clone(), runtime)?;
         let (local, local_queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             me: options.me,
             cluster: options.identity.cluster,
             incarnation: watch::Sender::new(options.incarnation),
             endpoint: endpoint.clone(),
+            socket,
             client,
             peers: RwLock::default(),
             receivers: RwLock::default(),
@@ -131,15 +142,14 @@ impl QuicTransport {
             watcher: RwLock::default(),
             runtime: tokio::runtime::Handle::current(),
             local,
-            tasks: Mutex::new(JoinSet::new()),
+            tasks: Mutex::new(None),
             join: options.join,
         });
-        {
-            let mut tasks = shared.tasks.lock();
-            tasks.spawn(tether::accept(listener));
-            tasks.spawn(accept(Arc::downgrade(&shared), endpoint));
-            tasks.spawn(deliver_locally(Arc::downgrade(&shared), local_queue));
-        }
+        let mut tasks = JoinSet::new();
+        tasks.spawn(tether::accept(listener));
+        tasks.spawn(accept(Arc::downgrade(&shared), endpoint));
+        tasks.spawn(deliver_locally(Arc::downgrade(&shared), local_queue));
+        *shared.tasks.lock() = Some(tasks);
         Ok(Arc::new(QuicTransport { shared }))
     }
 
@@ -151,19 +161,24 @@ impl QuicTransport {
         self.shared.endpoint.local_addr()
     }
 
-    /// Ends every task and connection, and waits until peers have been told.
+    /// Ends every task and connection, waits until peers have been told (not for long: they notice anyway), and gives the
+    /// address back.
     pub async fn shutdown(&self) {
-        let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
+        let tasks = self.shared.tasks.lock().take();
         self.shared.endpoint.close(0u32.into(), b"shutting down");
-        tasks.shutdown().await;
-        let _ = tokio::time::timeout(Duration::from_millis(500), self.shared.endpoint.wait_idle()).await;
+        if let Some(mut tasks) = tasks {
+            tasks.shutdown().await;
+        }
+        let _ = tokio::time::timeout(TELL_MAX, self.shared.endpoint.wait_idle()).await;
+        self.shared.socket.release();
     }
 }
 
 impl Drop for QuicTransport {
     fn drop(&mut self) {
         self.shared.endpoint.close(0u32.into(), b"gone");
-        self.shared.tasks.lock().abort_all();
+        // A `JoinSet` that is dropped aborts its tasks.
+        drop(self.shared.tasks.lock().take());
     }
 }
 
@@ -222,8 +237,9 @@ impl Shared {
             known.life = known.life.max(peer.incarnation);
             return;
         }
-        let links: Links = std::array::from_fn(|_| Arc::new(Link::default()));
         let mut tasks = shared.tasks.lock();
+        let Some(tasks) = tasks.as_mut() else { return };
+        let links: Links = std::array::from_fn(|_| Arc::new(Link::default()));
         for service in Service::ALL {
             let link = link::of(&links, service).clone();
             tasks.spawn_on(link::run(Arc::downgrade(shared), node, service, link), &shared.runtime);
