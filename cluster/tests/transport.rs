@@ -174,3 +174,43 @@ async fn an_address_is_free_when_shutdown_returns() {
     // As a daemon binds it: connections that have ended do not count.
     tokio::net::TcpListener::bind(addr).await.expect("TCP");
 }
+
+/// Does not return from `receive` while the gate is closed.
+struct Gated {
+    gate: Arc<std::sync::Mutex<()>>,
+    listener: Listener,
+}
+
+impl Receiver for Gated {
+    fn receive(&self, from: Peer, message: Message) {
+        drop(self.gate.lock());
+        self.listener.receive(from, message);
+    }
+    fn session_ended(&self, node: NodeId) {
+        self.listener.session_ended(node);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_sends_to_itself_is_bounded_like_everything() {
+    let authority = Authority::new([7; 16]).unwrap();
+    let mut a = start(1, authority.identity(NodeId(1)).unwrap()).await;
+    let (send, events) = mpsc::unbounded_channel();
+    a.events = events;
+    let gate = Arc::new(std::sync::Mutex::new(()));
+    a.transport.register(Service::Token, Arc::new(Gated { gate: gate.clone(), listener: Listener(send) }));
+    {
+        let _closed = gate.lock().unwrap();
+        for _ in 0..200_000 {
+            a.transport.send(NodeId(1), Service::Token, Message::new("too many"));
+        }
+    }
+    let mut delivered = 0;
+    while next(&mut a).await != Event::Ended(NodeId(1)) {
+        delivered += 1;
+    }
+    assert!(delivered < 200_000);
+    // The others were not held up, and the next session works.
+    a.transport.send(NodeId(1), Service::Token, Message::new("again"));
+    assert_eq!(next(&mut a).await, Event::Message(NodeId(1), Incarnation(1), Message::new("again")));
+}

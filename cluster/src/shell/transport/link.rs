@@ -1,4 +1,5 @@
-//! The sending half: one link per (peer, service), a bounded queue and a task that empties it into a stream.
+//! The sending half: one link per (peer, service), a bounded queue and a task that empties it into a stream. This node itself
+//! is such a peer, too, without a stream.
 //!
 //! Links of the same peer share one connection, but for `Membership`, whose heartbeats must never wait behind bulk data.
 //!
@@ -9,7 +10,7 @@
 use super::frame::{Hello, encode};
 use super::{Shared, service_index};
 use crate::ids::NodeId;
-use crate::transport::{Message, Service};
+use crate::transport::{Message, Peer, Service};
 use std::collections::VecDeque;
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,6 +73,45 @@ impl Link {
             chunks.extend(encode(m)?);
         }
         Ok(chunks)
+    }
+}
+
+impl Link {
+    /// What waits for this node itself: all of it, or `None` if there was too much and it is lost. Waits if there is nothing.
+    async fn next(&self) -> Option<VecDeque<Message>> {
+        loop {
+            if self.overflowed.load(Ordering::Acquire) {
+                self.clear();
+                return None;
+            }
+            let messages = std::mem::take(&mut *self.queue.lock()).messages;
+            if !messages.is_empty() {
+                return Some(messages);
+            }
+            self.wake.notified().await;
+        }
+    }
+}
+
+/// Delivers what this node sends to itself.
+pub(super) async fn deliver_locally(shared: Weak<Shared>, service: Service, link: std::sync::Arc<Link>) {
+    loop {
+        let messages = link.next().await;
+        let Some(shared) = shared.upgrade() else { return };
+        let Some(messages) = messages else {
+            tracing::warn!(
+                ?service,
+                "more messages of this node to itself than may wait; they are lost, as in a session that ends"
+            );
+            shared.session_ended(shared.me, service);
+            continue;
+        };
+        let from = Peer { node: shared.me, incarnation: *shared.incarnation.borrow(), session: 0 };
+        for message in messages {
+            if let Some(r) = shared.receiver(service) {
+                r.receive(from, message);
+            }
+        }
     }
 }
 

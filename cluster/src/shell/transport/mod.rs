@@ -33,7 +33,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// Wanted size of the UDP socket's buffers.
@@ -95,7 +95,8 @@ pub(crate) struct Shared {
     sessions: AtomicU64,
     watcher: RwLock<Option<Arc<dyn PeerWatcher>>>,
     runtime: tokio::runtime::Handle,
-    local: mpsc::UnboundedSender<(Service, Message)>,
+    /// What this node sends to itself.
+    local: Links,
     /// `None` once the transport is shut down: nothing is started any more.
     tasks: Mutex<Option<JoinSet<()>>>,
     join: Option<Arc<dyn JoinHandler>>,
@@ -128,7 +129,6 @@ impl QuicTransport {
         let socket = Arc::new(Socket::new(quinn::TokioRuntime.wrap_udp_socket(socket)?)?);
         let runtime = Arc::new(quinn::TokioRuntime);
         let endpoint = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket.clone(), runtime)?;
-        let (local, local_queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             me: options.me,
             cluster: options.identity.cluster,
@@ -141,14 +141,17 @@ impl QuicTransport {
             sessions: AtomicU64::new(1),
             watcher: RwLock::default(),
             runtime: tokio::runtime::Handle::current(),
-            local,
+            local: std::array::from_fn(|_| Arc::default()),
             tasks: Mutex::new(None),
             join: options.join,
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(tether::accept(listener));
         tasks.spawn(accept(Arc::downgrade(&shared), endpoint));
-        tasks.spawn(deliver_locally(Arc::downgrade(&shared), local_queue));
+        for service in Service::ALL {
+            let link = link::of(&shared.local, service).clone();
+            tasks.spawn(link::deliver_locally(Arc::downgrade(&shared), service, link));
+        }
         *shared.tasks.lock() = Some(tasks);
         Ok(Arc::new(QuicTransport { shared }))
     }
@@ -189,8 +192,7 @@ impl Transport for QuicTransport {
 
     fn send(&self, to: NodeId, service: Service, message: Message) {
         if to == self.shared.me {
-            // Bounded by what the services bound themselves to in requests to themselves.
-            let _ = self.shared.local.send((service, message));
+            link::of(&self.shared.local, service).push(message);
             return;
         }
         if let Some(peer) = self.shared.peers.read().get(&to) {
@@ -366,17 +368,6 @@ fn udp_socket(addr: SocketAddr) -> io::Result<std::net::UdpSocket> {
     }
     socket.bind(&addr.into())?;
     Ok(socket.into())
-}
-
-/// Delivers what this node sends to itself.
-async fn deliver_locally(shared: Weak<Shared>, mut queue: mpsc::UnboundedReceiver<(Service, Message)>) {
-    while let Some((service, message)) = queue.recv().await {
-        let Some(shared) = shared.upgrade() else { return };
-        let from = Peer { node: shared.me, incarnation: *shared.incarnation.borrow(), session: 0 };
-        if let Some(r) = shared.receiver(service) {
-            r.receive(from, message);
-        }
-    }
 }
 
 /// Accepts connections.
