@@ -76,8 +76,11 @@ pub fn run(mut command: Command, time: Duration) -> io::Result<Output> {
 #[track_caller]
 pub fn sh(dir: &Path, line: &str) -> String {
     let mut command = Command::new("/bin/sh");
-    command.args(["-euc", line]).current_dir(dir).env("HOME", dir).env("GIT_CONFIG_NOSYSTEM", "1");
+    command.args(["-euc", line]).current_dir(dir).env_remove("CARGO_TARGET_DIR");
+    // Whatever this machine's user has set up for git stays out of it.
     command.envs([
+        ("GIT_CONFIG_NOSYSTEM", "1"),
+        ("GIT_CONFIG_GLOBAL", "/dev/null"),
         ("GIT_AUTHOR_NAME", "t"),
         ("GIT_AUTHOR_EMAIL", "t@t"),
         ("GIT_COMMITTER_NAME", "t"),
@@ -181,6 +184,18 @@ impl RealCluster {
         &self.dir
     }
 
+    /// A node's settings.
+    #[must_use]
+    pub fn config(&self, node: usize) -> PathBuf {
+        self.dir.join(format!("state/n{node}/pulsar.toml"))
+    }
+
+    /// The program under test.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.pulsar
+    }
+
     /// Runs `pulsar dev …`.
     ///
     /// # Panics
@@ -201,7 +216,7 @@ impl RealCluster {
     /// Runs `pulsar …` for a node.
     pub fn pulsar(&self, node: usize, args: &[&str]) -> io::Result<Output> {
         let mut command = Command::new(&self.pulsar);
-        command.arg("--config").arg(self.dir.join(format!("state/n{node}/pulsar.toml"))).args(args);
+        command.arg("--config").arg(self.config(node)).args(args);
         run(command, COMMAND_TIME)
     }
 

@@ -4,7 +4,9 @@
 pub mod cluster;
 pub mod driver;
 pub mod generate;
+pub mod locker;
 pub mod model;
 pub mod op;
 pub mod reference;
 pub mod sim;
+pub mod sys;

@@ -23,12 +23,18 @@ pub struct Process {
 
 /// State (`R`, `S`, `T`, `Z` …) and start time of a process.
 fn look(pid: i32) -> Option<(char, u64)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parse(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse(stat: &str) -> Option<(char, u64)> {
     // The name, in brackets, may contain anything; the fields after the last bracket are plain.
     let (_, rest) = stat.rsplit_once(')')?;
-    let mut words = rest.split_whitespace();
-    let state = words.next()?.chars().next()?;
-    Some((state, words.nth(18)?.parse().ok()?))
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let state = fields.first()?.chars().next()?;
+    let threads: u32 = fields.get(17)?.parse().ok()?;
+    // What is shown is the first thread. While others are still dying, the process keeps its files, and the locks on them.
+    let state = if state == 'Z' && threads > 1 { 'R' } else { state };
+    Some((state, fields.get(19)?.parse().ok()?))
 }
 
 impl Process {
@@ -203,6 +209,14 @@ mod tests {
         let path = dir.path().join("pid");
         this.write(&path).unwrap();
         assert_eq!(Process::read(&path), Some(this));
+    }
+
+    #[test]
+    fn a_process_is_dead_when_its_last_thread_is() {
+        let line = |threads: u32| format!("7 (a) Z) Z 1 7 7 0 -1 4 0 0 0 0 1 2 0 0 20 0 {threads} 0 4242 0 0");
+        assert_eq!(parse(&line(3)), Some(('R', 4242)));
+        assert_eq!(parse(&line(1)), Some(('Z', 4242)));
+        assert_eq!(parse("7 (a"), None);
     }
 
     #[test]

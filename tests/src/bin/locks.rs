@@ -1,0 +1,320 @@
+//! File locks of several nodes: `locks check DIR DIR…`, directories in which the same tree is to be seen.
+//!
+//! Checked, for `flock`, `fcntl` and open-file locks, between processes of one node and of two: which locks exclude each
+//! other; ranges that are split, joined, upgraded and downgraded; waiting, and dying while waiting; a counter in a file that
+//! all increment under the lock, which also tells the rate; and that a circle of waiters is broken (`fcntl`).
+//!
+//! `locks worker FILE…` is the process that does the locking (see `tests::locker`).
+
+use clap::{Parser, Subcommand};
+use nix::libc;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use tests::cluster::clock;
+use tests::locker::{Worker, work};
+
+/// File locks of several nodes.
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Checks locks through several mounts.
+    Check {
+        /// Directories in which the same tree is to be seen.
+        #[arg(required = true)]
+        dirs: Vec<PathBuf>,
+        /// How often each process increments the counter.
+        #[arg(long, default_value_t = 300)]
+        counts: u64,
+        /// Only checks whose name contains this.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// Does what its input says.
+    Worker {
+        /// Files to open.
+        files: Vec<PathBuf>,
+    },
+}
+
+const SOON: Duration = Duration::from_secs(10);
+/// Long enough for an answer that should not come to come.
+const NEVER: Duration = Duration::from_millis(300);
+const KINDS: [&str; 3] = ["flock", "fcntl", "ofd"];
+
+struct Bench {
+    program: PathBuf,
+    dirs: Vec<PathBuf>,
+    counts: u64,
+    made: std::cell::Cell<u32>,
+}
+
+type Checked = Result<(), String>;
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, right: T) -> Checked {
+    if got == right { Ok(()) } else { Err(format!("{what}: {got:?}; right is {right:?}")) }
+}
+
+fn ok() -> Result<String, i32> {
+    Ok("ok".into())
+}
+
+impl Bench {
+    /// A new file, as each node sees it.
+    fn file(&self) -> Vec<PathBuf> {
+        self.made.set(self.made.get() + 1);
+        let name = format!("locks-{}-{}", std::process::id(), self.made.get());
+        let paths: Vec<PathBuf> = self.dirs.iter().map(|d| d.join(&name)).collect();
+        File::create(&paths[0]).and_then(|f| f.set_len(0)).unwrap_or_else(|e| panic!("{}: {e}", paths[0].display()));
+        paths
+    }
+
+    fn worker(&self, files: &[&Path]) -> Worker {
+        Worker::start(&self.program, files)
+    }
+
+    /// Pairs of nodes: one and the same, and different ones.
+    fn pairs(&self) -> Vec<(usize, usize)> {
+        (0..self.dirs.len()).map(|n| (0, n)).collect()
+    }
+
+    /// Which locks exclude each other.
+    fn conflicts(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for kind in KINDS {
+                let file = self.file();
+                let (mut a, mut b) = (self.worker(&[&file[near]]), self.worker(&[&file[far]]));
+                for held in ["sh", "ex"] {
+                    for wished in ["sh", "ex"] {
+                        same("locking a free file", a.ask(&format!("{kind} 0 {held}")), ok())?;
+                        let right = if (held, wished) == ("sh", "sh") { ok() } else { Err(libc::EAGAIN) };
+                        let what = format!("{kind} {held} on node {near}, then {wished} on node {far}");
+                        same(&what, b.ask(&format!("{kind} 0 {wished}")), right)?;
+                        same("unlocking", a.ask(&format!("{kind} 0 un")), ok())?;
+                        same("unlocking what is not locked", b.ask(&format!("{kind} 0 un")), ok())?;
+                        same(&format!("{what}, once it is free"), b.ask(&format!("{kind} 0 {wished}")), ok())?;
+                        same("unlocking", b.ask(&format!("{kind} 0 un")), ok())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ranges, and what a query tells of them.
+    fn ranges(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for kind in ["fcntl", "ofd"] {
+                let file = self.file();
+                let (mut a, mut b) = (self.worker(&[&file[near]]), self.worker(&[&file[far]]));
+                same("a range", a.ask(&format!("{kind} 0 ex 10 20")), ok())?;
+                for (start, len, right) in [
+                    (0, 10, ok()),
+                    (0, 11, Err(libc::EAGAIN)),
+                    (29, 1, Err(libc::EAGAIN)),
+                    (30, 0, ok()),
+                    (0, 0, Err(libc::EAGAIN)),
+                ] {
+                    same(&format!("{start}+{len} beside 10+20"), b.ask(&format!("{kind} 0 ex {start} {len}")), right)?;
+                }
+                same("giving up", b.ask(&format!("{kind} 0 un 0 0")), ok())?;
+                // Holes in the middle, and half of it shared.
+                same("a hole", a.ask(&format!("{kind} 0 un 15 5")), ok())?;
+                same("downgrading", a.ask(&format!("{kind} 0 sh 20 10")), ok())?;
+                for (start, how, right) in [
+                    (14, "sh", Err(libc::EAGAIN)),
+                    (15, "ex", ok()),
+                    (19, "ex", ok()),
+                    (20, "sh", ok()),
+                    (20, "ex", Err(libc::EAGAIN)),
+                    (29, "ex", Err(libc::EAGAIN)),
+                ] {
+                    same(&format!("{how} {start}+1 after both"), b.ask(&format!("{kind} 0 {how} {start} 1")), right)?;
+                }
+                // A query tells of what is in the way: the process if it is on this node, nobody if on another.
+                let pid = match (kind, near == far) {
+                    ("ofd", _) => "-1".to_owned(),
+                    (_, true) => a.pid().to_string(),
+                    (_, false) => "0".to_owned(),
+                };
+                if kind == "fcntl" {
+                    same("a query", b.ask("query 0 ex 0 15"), Ok(format!("ex 10 5 {pid}")))?;
+                    same("a query beside", b.ask("query 0 ex 0 10"), Ok("free".into()))?;
+                }
+                // To the end of the file, however far that is.
+                same("giving up", b.ask(&format!("{kind} 0 un 0 0")), ok())?;
+                same("all of it", a.ask(&format!("{kind} 0 ex 0 0")), ok())?;
+                same("far away", b.ask(&format!("{kind} 0 sh 123456789012 1")), Err(libc::EAGAIN))?;
+                if kind == "fcntl" {
+                    same("a query", b.ask("query 0 sh 77 1"), Ok(format!("ex 0 0 {pid}")))?;
+                    // Closing any descriptor of the file gives up what the process has.
+                    same("closing", a.ask("reopen 0"), ok())?;
+                    same("after closing", b.ask("fcntl 0 ex 0 0"), ok())?;
+                } else {
+                    drop(a);
+                    self.eventually("after the end of the process", &mut b, &format!("{kind} 0 ex 0 0"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A process that ended gives up its locks when its descriptors are closed, soon after.
+    fn eventually(&self, what: &str, worker: &mut Worker, line: &str) -> Checked {
+        let end = clock() + SOON;
+        loop {
+            match worker.ask(line) {
+                Ok(_) => return Ok(()),
+                Err(e) if clock() > end => return Err(format!("{what}: error {e}")),
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// Waiting, in turn; downgrading wakes readers.
+    fn waiting(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for kind in KINDS {
+                let file = self.file();
+                let (mut a, mut b, mut c) =
+                    (self.worker(&[&file[near]]), self.worker(&[&file[far]]), self.worker(&[&file[near]]));
+                same("locking", a.ask(&format!("{kind} 0 ex 0 0 wait")), ok())?;
+                b.tell(&format!("{kind} 0 sh 0 0 wait"));
+                c.tell(&format!("{kind} 0 sh 0 0 wait"));
+                same(&format!("{kind}: waiting"), b.answer(NEVER), None)?;
+                same(&format!("{kind}: downgrading"), a.ask(&format!("{kind} 0 sh 0 0")), ok())?;
+                same(&format!("{kind}: after downgrading"), b.answer(SOON), Some(ok()))?;
+                same(&format!("{kind}: after downgrading"), c.answer(SOON), Some(ok()))?;
+                for worker in [&mut a, &mut b, &mut c] {
+                    same("unlocking", worker.ask(&format!("{kind} 0 un")), ok())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A waiter that is killed ends at once, and is not waited for; a holder that is killed lets go.
+    fn killing(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for kind in KINDS {
+                let file = self.file();
+                let (mut a, mut b, mut c) = (self.worker(&[&file[near]]), self.worker(&[&file[far]]), self.worker(&[&file[far]]));
+                same("locking", a.ask(&format!("{kind} 0 ex")), ok())?;
+                b.tell(&format!("{kind} 0 ex 0 0 wait"));
+                same(&format!("{kind}: waiting"), b.answer(NEVER), None)?;
+                let took = b.kill().map_err(|e| format!("{kind}, waiting on node {far}: {e}"))?;
+                if took > Duration::from_secs(2) {
+                    return Err(format!("{kind}: a waiter that was killed took {took:?} to die"));
+                }
+                c.tell(&format!("{kind} 0 ex 0 0 wait"));
+                same(&format!("{kind}: waiting"), c.answer(NEVER), None)?;
+                a.kill().map_err(|e| format!("{kind}: the holder: {e}"))?;
+                same(&format!("{kind}: after the holder's death"), c.answer(SOON), Some(ok()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A number that everybody increments under the lock.
+    fn counting(&self) -> Checked {
+        for kind in KINDS {
+            let file = self.file();
+            let mut workers: Vec<Worker> = file.iter().map(|f| self.worker(&[f])).collect();
+            let begun = clock();
+            for worker in &mut workers {
+                worker.tell(&format!("count 0 {} {kind}", self.counts));
+            }
+            for worker in &workers {
+                same(&format!("{kind}: counting"), worker.answer(Duration::from_secs(120)), Some(ok()))?;
+            }
+            let took = clock().saturating_sub(begun);
+            let all = self.counts * workers.len() as u64;
+            println!(
+                "   {kind}: {:.0} locked increments per second over {} nodes",
+                all as f64 / took.as_secs_f64(),
+                workers.len()
+            );
+            same(&format!("{kind}: the number"), workers[0].ask("read 0"), Ok(format!("read {all:<20}")))?;
+        }
+        Ok(())
+    }
+
+    /// Circles of waiters, over one file and over several.
+    fn deadlocks(&self) -> Checked {
+        let (f, g) = (self.file(), self.file());
+        for (near, far) in self.pairs() {
+            for two_files in [false, true] {
+                // Ranges 0+1 and 1+1 of one file, or the whole of two.
+                let what = |which: usize| if two_files { format!("{which} ex 0 1") } else { format!("0 ex {which} 1") };
+                let mut a = self.worker(&[&f[near], &g[near]]);
+                let mut b = self.worker(&[&f[far], &g[far]]);
+                same("locking", a.ask(&format!("fcntl {}", what(0))), ok())?;
+                same("locking", b.ask(&format!("fcntl {}", what(1))), ok())?;
+                a.tell(&format!("fcntl {} wait", what(1)));
+                same("waiting", a.answer(NEVER), None)?;
+                b.tell(&format!("fcntl {} wait", what(0)));
+                let (first, second) = (b.answer(SOON), a.answer(NEVER));
+                let files = if two_files { "over two files" } else { "over one file" };
+                match (first, second) {
+                    (Some(Err(libc::EDEADLK)), None) => {
+                        drop(b);
+                        same("when the other gives way", a.answer(SOON), Some(ok()))?;
+                    }
+                    (None, Some(Err(libc::EDEADLK))) => {
+                        drop(a);
+                        same("when the other gives way", b.answer(SOON), Some(ok()))?;
+                    }
+                    other => return Err(format!("nodes {near} and {far}, {files}: {other:?}; right is EDEADLK for one of them")),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check(bench: &Bench, only: &str) -> bool {
+    type Check = fn(&Bench) -> Checked;
+    let checks: [(&str, Check); 6] = [
+        ("conflicts", Bench::conflicts),
+        ("ranges", Bench::ranges),
+        ("waiting", Bench::waiting),
+        ("killing", Bench::killing),
+        ("counting", Bench::counting),
+        ("deadlocks", Bench::deadlocks),
+    ];
+    let mut good = true;
+    for (name, run) in checks.iter().filter(|(name, _)| name.contains(only)) {
+        let begun = clock();
+        let result = run(bench);
+        let took = clock().saturating_sub(begun);
+        println!("{name}: {} ({took:.1?})", result.as_ref().err().map_or("good", String::as_str));
+        good &= result.is_ok();
+    }
+    for n in 1..=bench.made.get() {
+        let _ = fs::remove_file(bench.dirs[0].join(format!("locks-{}-{n}", std::process::id())));
+    }
+    good
+}
+
+fn main() -> ExitCode {
+    match Args::parse().verb {
+        Verb::Worker { files } => match work(&files) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("locks worker: {error}");
+                ExitCode::FAILURE
+            }
+        },
+        Verb::Check { dirs, counts, only } => {
+            let program = std::env::current_exe().unwrap_or_default();
+            let bench = Bench { program, dirs, counts, made: std::cell::Cell::new(0) };
+            if check(&bench, &only) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+    }
+}

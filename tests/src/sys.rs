@@ -1,0 +1,332 @@
+//! System calls that the standard library lacks, for the programs that test mounts: thin, safe, and without opinions.
+//!
+//! Mappings are read and written by the kernel (`pread` and `pwrite` between the mapping and a scratch file in memory), so
+//! that touching what lies beyond a file's end is an error (`EFAULT`) and not the end of the test by SIGBUS.
+
+use nix::libc;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// A path for the kernel.
+pub fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// 0 or above is what it is; below, `errno`.
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn count(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Opens a file with further flags (`O_DIRECT`, `O_APPEND` …).
+pub fn open(path: &Path, write: bool, flags: libc::c_int) -> io::Result<File> {
+    OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+}
+
+/// `fallocate`.
+pub fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: the descriptor is open as long as `file` is borrowed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, len as i64) })
+}
+
+/// `copy_file_range`; returns how much was copied.
+pub fn copy_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len: usize) -> io::Result<usize> {
+    let (mut source, mut target) = (from_offset as i64, to_offset as i64);
+    // SAFETY: the descriptors are open, and the offsets live as long as the call.
+    count(unsafe { libc::copy_file_range(from.as_raw_fd(), &mut source, to.as_raw_fd(), &mut target, len, 0) })
+}
+
+/// `lseek`.
+pub fn seek(file: &File, offset: i64, whence: libc::c_int) -> io::Result<u64> {
+    // SAFETY: the descriptor is open as long as `file` is borrowed.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+/// `setxattr`.
+pub fn set_xattr(path: &Path, name: &str, value: &[u8]) -> io::Result<()> {
+    let (path, name) = (c_path(path)?, CString::new(name)?);
+    // SAFETY: the strings and the value outlive the call, and the length is the value's.
+    check(unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) })
+}
+
+/// `removexattr`.
+pub fn remove_xattr(path: &Path, name: &str) -> io::Result<()> {
+    let (path, name) = (c_path(path)?, CString::new(name)?);
+    // SAFETY: the strings outlive the call.
+    check(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) })
+}
+
+/// `getxattr`.
+pub fn get_xattr(path: &Path, name: &str) -> io::Result<Vec<u8>> {
+    let (path, name, mut value) = (c_path(path)?, CString::new(name)?, vec![0u8; 65_536]);
+    // SAFETY: the strings and the buffer outlive the call, and the length is the buffer's.
+    let n = count(unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) })?;
+    value.truncate(n);
+    Ok(value)
+}
+
+/// `fgetxattr`.
+pub fn get_xattr_of(file: &File, name: &str) -> io::Result<Vec<u8>> {
+    let (name, mut value) = (CString::new(name)?, vec![0u8; 65_536]);
+    // SAFETY: the string and the buffer outlive the call, and the length is the buffer's.
+    let n = count(unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) })?;
+    value.truncate(n);
+    Ok(value)
+}
+
+fn names(list: &[u8]) -> Vec<String> {
+    let names = list.split(|b| *b == 0).filter(|n| !n.is_empty());
+    let mut names: Vec<_> = names.map(|n| String::from_utf8_lossy(n).into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// `listxattr`, sorted.
+pub fn list_xattr(path: &Path) -> io::Result<Vec<String>> {
+    let (path, mut list) = (c_path(path)?, vec![0u8; 65_536]);
+    // SAFETY: the path and the buffer outlive the call, and the length is the buffer's.
+    let n = count(unsafe { libc::listxattr(path.as_ptr(), list.as_mut_ptr().cast(), list.len()) })?;
+    Ok(names(&list[..n]))
+}
+
+/// `flistxattr`, sorted.
+pub fn list_xattr_of(file: &File) -> io::Result<Vec<String>> {
+    let mut list = vec![0u8; 65_536];
+    // SAFETY: the buffer outlives the call, and the length is the buffer's.
+    let n = count(unsafe { libc::flistxattr(file.as_raw_fd(), list.as_mut_ptr().cast(), list.len()) })?;
+    Ok(names(&list[..n]))
+}
+
+/// `access`.
+pub fn access(path: &Path, mode: libc::c_int) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: the path outlives the call.
+    check(unsafe { libc::access(path.as_ptr(), mode) })
+}
+
+/// `utimensat` of the modification time, in nanoseconds since 1970; the access time stays.
+pub fn set_mtime(path: &Path, nanoseconds: i64) -> io::Result<()> {
+    let path = c_path(path)?;
+    let times = [
+        libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
+        libc::timespec { tv_sec: nanoseconds.div_euclid(1_000_000_000), tv_nsec: nanoseconds.rem_euclid(1_000_000_000) },
+    ];
+    // SAFETY: the path and the two times outlive the call.
+    check(unsafe { libc::utimensat(libc::AT_FDCWD, path.as_ptr(), times.as_ptr(), libc::AT_SYMLINK_NOFOLLOW) })
+}
+
+/// An open directory, whose listing can be begun again.
+pub struct Directory(*mut libc::DIR);
+
+// SAFETY: a DIR may be used from any one thread at a time; it is owned here and only used through `&mut`.
+unsafe impl Send for Directory {}
+
+impl Directory {
+    /// `opendir`.
+    pub fn open(path: &Path) -> io::Result<Directory> {
+        let path = c_path(path)?;
+        // SAFETY: the path outlives the call.
+        let dir = unsafe { libc::opendir(path.as_ptr()) };
+        if dir.is_null() { Err(io::Error::last_os_error()) } else { Ok(Directory(dir)) }
+    }
+
+    /// `rewinddir`.
+    pub fn rewind(&mut self) {
+        // SAFETY: the DIR is open as long as `self` lives.
+        unsafe { libc::rewinddir(self.0) }
+    }
+
+    /// The next name and its inode number; `None` at the end.
+    pub fn next_entry(&mut self) -> io::Result<Option<(Vec<u8>, u64)>> {
+        nix::errno::Errno::clear();
+        // SAFETY: the DIR is open as long as `self` lives.
+        let entry = unsafe { libc::readdir64(self.0) };
+        if entry.is_null() {
+            let error = io::Error::last_os_error();
+            return if error.raw_os_error() == Some(0) { Ok(None) } else { Err(error) };
+        }
+        // SAFETY: the entry is valid until the next call, and its name ends with a zero.
+        let (name, ino) = unsafe { (std::ffi::CStr::from_ptr((*entry).d_name.as_ptr()), (*entry).d_ino) };
+        Ok(Some((name.to_bytes().to_vec(), ino)))
+    }
+
+    /// All names but `.` and `..`, from the beginning.
+    pub fn names(&mut self) -> io::Result<Vec<Vec<u8>>> {
+        self.rewind();
+        let mut names = Vec::new();
+        while let Some((name, _)) = self.next_entry()? {
+            if name != b"." && name != b".." {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // SAFETY: it is open, and nobody uses it any more.
+        unsafe { libc::closedir(self.0) };
+    }
+}
+
+/// A scratch file in memory.
+pub fn memory_file() -> io::Result<File> {
+    // SAFETY: the name is a C string; the descriptor that comes back is new and ours alone.
+    unsafe {
+        let fd = libc::memfd_create(c"scratch".as_ptr(), libc::MFD_CLOEXEC);
+        check(fd)?;
+        Ok(File::from_raw_fd(fd))
+    }
+}
+
+/// A shared mapping of a file.
+pub struct Mapping {
+    start: *mut libc::c_void,
+    len: usize,
+    scratch: File,
+}
+
+// SAFETY: the mapping is owned, and touched by the kernel only.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes from the beginning (at least one), which may reach beyond the file's end.
+    pub fn new(file: &File, len: usize, write: bool) -> io::Result<Mapping> {
+        let rights = libc::PROT_READ | if write { libc::PROT_WRITE } else { 0 };
+        let scratch = memory_file()?;
+        // SAFETY: a new mapping at a place of the kernel's choice; nothing else can be there.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len.max(1), rights, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Mapping { start, len: len.max(1), scratch }) }
+    }
+
+    fn place(&self, offset: usize, len: usize) -> *mut libc::c_void {
+        assert!(offset + len <= self.len, "outside of the mapping");
+        // SAFETY: just checked to be inside.
+        unsafe { self.start.byte_add(offset) }
+    }
+
+    /// Reads from it.
+    pub fn load(&self, offset: usize, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        let mut done = 0;
+        while done < len {
+            let place = self.place(offset + done, len - done);
+            // SAFETY: the kernel checks the place, which is inside of the mapping; nothing of ours is written.
+            done += count(unsafe { libc::pwrite(self.scratch.as_raw_fd(), place, len - done, done as i64) })?;
+        }
+        std::os::unix::fs::FileExt::read_exact_at(&self.scratch, &mut bytes, 0)?;
+        Ok(bytes)
+    }
+
+    /// Writes to it.
+    pub fn store(&mut self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        std::os::unix::fs::FileExt::write_all_at(&self.scratch, bytes, 0)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let place = self.place(offset + done, bytes.len() - done);
+            // SAFETY: the kernel writes only inside of the mapping, to which nothing in this program refers.
+            let n = count(unsafe { libc::pread(self.scratch.as_raw_fd(), place, bytes.len() - done, done as i64) })?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// `msync(MS_SYNC)` of all of it.
+    pub fn sync(&self) -> io::Result<()> {
+        // SAFETY: the mapping is there as long as `self` lives.
+        check(unsafe { libc::msync(self.start, self.len, libc::MS_SYNC) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it is there, and nothing refers to it any more.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
+}
+
+/// Which of the three kinds of file locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// `flock`: the whole file, owned by the open file.
+    Flock,
+    /// `fcntl(F_SETLK)`: a range, owned by the process.
+    Process,
+    /// `fcntl(F_OFD_SETLK)`: a range, owned by the open file.
+    OpenFile,
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockMode {
+    /// Shared.
+    Read,
+    /// Exclusive.
+    Write,
+    /// To give it up.
+    Unlock,
+}
+
+/// Locks or unlocks a range (`len` 0: to the end, however far that moves); `flock` knows only whole files.
+pub fn lock(file: &File, kind: LockKind, mode: LockMode, start: u64, len: u64, wait: bool) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    if kind == LockKind::Flock {
+        let how = match mode {
+            LockMode::Read => libc::LOCK_SH,
+            LockMode::Write => libc::LOCK_EX,
+            LockMode::Unlock => libc::LOCK_UN,
+        };
+        // SAFETY: the descriptor is open as long as `file` is borrowed.
+        return check(unsafe { libc::flock(fd, how | if wait { 0 } else { libc::LOCK_NB }) });
+    }
+    let command = match (kind, wait) {
+        (LockKind::Process, false) => libc::F_SETLK,
+        (LockKind::Process, true) => libc::F_SETLKW,
+        (_, false) => libc::F_OFD_SETLK,
+        (_, true) => libc::F_OFD_SETLKW,
+    };
+    let lock = region(mode, start, len);
+    // SAFETY: the descriptor is open, and the description outlives the call.
+    check(unsafe { libc::fcntl(fd, command, &raw const lock) })
+}
+
+fn region(mode: LockMode, start: u64, len: u64) -> libc::flock {
+    let l_type = match mode {
+        LockMode::Read => libc::F_RDLCK,
+        LockMode::Write => libc::F_WRLCK,
+        LockMode::Unlock => libc::F_UNLCK,
+    };
+    libc::flock {
+        l_type: l_type as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start as i64,
+        l_len: len as i64,
+        l_pid: 0,
+    }
+}
+
+/// `F_GETLK`: a lock of another process that is in the way, as (mode, start, length, process).
+pub fn lock_in_the_way(file: &File, mode: LockMode, start: u64, len: u64) -> io::Result<Option<(LockMode, u64, u64, i32)>> {
+    let mut lock = region(mode, start, len);
+    // SAFETY: the descriptor is open, and the description outlives the call, which may change it.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) })?;
+    let mode = match i32::from(lock.l_type) {
+        libc::F_UNLCK => return Ok(None),
+        libc::F_RDLCK => LockMode::Read,
+        _ => LockMode::Write,
+    };
+    Ok(Some((mode, lock.l_start as u64, lock.l_len as u64, lock.l_pid)))
+}
