@@ -30,8 +30,8 @@ take() { # NODE NUMBER
         for file in new/*; do
             [ "$file" != 'new/*' ] || break
             file=${file#new/}
-            # Who moves it has it; for the others it is gone.
-            mv -n "new/$file" "cur/$file:2,S" 2>/dev/null || continue
+            # Who moves it has it; for the others it is gone. (Not mv -n, which succeeds if it does nothing.)
+            mv -f "new/$file" "cur/$file:2,S" 2>/dev/null || continue
             got=1
             rest=${file#*.}
             sum=$(cksum <"cur/$file:2,S")

@@ -7,9 +7,12 @@ stressors=${STRESSORS:-access chmod chown copy-file dentry dir dirdeep dirmany f
     fstat getdent hdd iomix link locka lockf lockofd metamix mmapfork msync open readahead rename revio seek symlink sync-file
     touch utime xattr}
 seconds=${SECONDS_EACH:-2}
+known=" $(stress-ng --stressors) "
 dirs=("$@")
 bad=() at=0
 for stressor in $stressors; do
+    # Older versions know fewer.
+    case $known in *" $stressor "*) ;; *) echo "this stress-ng has no $stressor"; continue ;; esac
     dir=${dirs[at % ${#dirs[@]}]}/stress-$$-$stressor
     at=$((at + 1))
     mkdir "$dir"

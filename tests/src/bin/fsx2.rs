@@ -32,7 +32,7 @@ struct Args {
     /// Longest size of the file.
     #[arg(long, default_value_t = 300_000)]
     size: usize,
-    /// A planted bug: every thousandth operation is left out of the model. It must be found.
+    /// A planted bug: every hundredth operation is left out of the model. It must be found.
     #[arg(long)]
     forget: bool,
 }
@@ -281,7 +281,7 @@ fn whole(args: &Args, chance: &mut Chance) -> Result<(), String> {
         if last.len() > SHOWN {
             last.pop_front();
         }
-        let before = (args.forget && number % 1000 == 999).then(|| model.clone());
+        let before = (args.forget && number % 100 == 99).then(|| model.clone());
         run(&mut nodes[at], op, number as u32, &mut model, args.size).map_err(|why| {
             let shown: Vec<String> = last.iter().cloned().collect();
             format!("{}\n{why}", shown.join("\n"))

@@ -1,0 +1,215 @@
+//! Several nodes as programs see them: what one changes, the others see at once; locks; one file and one directory, used
+//! from everywhere. The programs of `tests/src/bin` do the looking, here for a short time each; by hand they run for longer.
+//! They need root and /dev/fuse, and are run by `ci`.
+
+use nix::libc;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tests::cluster::{Options, RealCluster, clock, run, within};
+use tests::locker::{Answer, Worker};
+
+const LONG: Duration = Duration::from_secs(240);
+/// A node that dies or is cut off is noticed within this time, and its locks are free.
+const SOON: Duration = Duration::from_secs(15);
+/// Long enough for an answer that should not come to come.
+const NEVER: Duration = Duration::from_millis(500);
+
+/// Runs one of the programs; it must succeed. Returns what it printed.
+#[track_caller]
+fn program(path: &str, dirs: &[PathBuf], args: &[&str]) -> (bool, String) {
+    let mut command = Command::new(path);
+    let (verb, rest) = args.split_at(usize::from(args.first().is_some_and(|a| !a.starts_with('-'))));
+    command.args(verb).args(dirs).args(rest);
+    let output = run(command, LONG).unwrap_or_else(|e| panic!("{e}"));
+    (output.code == 0, format!("{}{}", output.text, output.errors))
+}
+
+#[track_caller]
+fn good(cluster: &RealCluster, path: &str, dirs: &[PathBuf], args: &[&str]) {
+    let (good, text) = program(path, dirs, args);
+    eprintln!("{text}");
+    assert!(good, "{text}\n{}", cluster.logs());
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn nothing_is_stale_on_another_node() {
+    let cluster = RealCluster::up(&Options::default());
+    let matrix = env!("CARGO_BIN_EXE_coherence");
+    good(&cluster, matrix, &cluster.mounts()[..2], &["--rounds", "2"]);
+    // What is most often wrong, for longer: growth, seen through a descriptor that is held.
+    good(&cluster, matrix, &cluster.mounts()[1..], &["--rounds", "60", "--only", "read-end:held"]);
+    // The matrix can fail: looks that are answered from before the change are found stale, all of them.
+    good(&cluster, matrix, &cluster.mounts()[..2], &["--rounds", "2", "--only", "append:", "--deaf"]);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn one_file_changed_through_three_mounts_is_as_the_model_says() {
+    let cluster = RealCluster::up(&Options::default());
+    let fsx = env!("CARGO_BIN_EXE_fsx2");
+    good(&cluster, fsx, &cluster.mounts()[..2], &["--seed", "1", "--ops", "4000"]);
+    good(&cluster, fsx, &cluster.mounts(), &["--seed", "2", "--ops", "4000"]);
+    let (found, _) = program(fsx, &cluster.mounts()[..2], &["--seed", "1", "--ops", "4000", "--forget"]);
+    assert!(!found, "operations that the model does not know of were not found");
+    cluster.fsck(3);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_big_directory_is_listed_without_gaps_while_it_changes() {
+    let cluster = RealCluster::up(&Options::default());
+    good(&cluster, env!("CARGO_BIN_EXE_bigdir"), &cluster.mounts()[..2], &["--count", "20000", "--listings", "10"]);
+    cluster.fsck(3);
+}
+
+const LOCKS: &str = env!("CARGO_BIN_EXE_locks");
+
+fn locker(file: &Path) -> Worker {
+    Worker::start(Path::new(LOCKS), &[file])
+}
+
+fn ok() -> Answer {
+    Ok("ok".into())
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn locks_hold_between_nodes() {
+    let cluster = RealCluster::up(&Options::default());
+    good(&cluster, LOCKS, &cluster.mounts(), &["check", "--counts", "100", "--skip", "ending"]);
+}
+
+/// A file, as each node sees it.
+fn file(cluster: &RealCluster) -> Vec<PathBuf> {
+    File::create(cluster.mount(1).join("locked")).expect("the file can be made");
+    cluster.mounts().iter().map(|m| m.join("locked")).collect()
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn locks_of_a_dead_node_are_free_and_those_of_others_stay() {
+    let cluster = RealCluster::up(&Options::default());
+    cluster.wait_healthy();
+    let files = file(&cluster);
+    for kind in ["flock", "fcntl", "ofd"] {
+        for victim in [3, 1] {
+            let (dying, living) = (files[victim - 1].clone(), files[1].clone());
+            let third = files[3 - victim].clone();
+            // One range of the node that dies, one of a node that lives (of flock there is only the whole file).
+            let mut holder = locker(&dying);
+            assert_eq!(holder.ask(&format!("{kind} 0 ex 0 10")), ok());
+            let mut waiter = locker(&living);
+            waiter.tell(&format!("{kind} 0 ex 0 10 wait"));
+            assert_eq!(waiter.answer(NEVER), None);
+            let mut other = locker(&living);
+            if kind != "flock" {
+                assert_eq!(other.ask(&format!("{kind} 0 ex 20 10")), ok());
+            }
+            cluster.kill(&[victim]);
+            let begun = clock();
+            assert_eq!(waiter.answer(SOON), Some(ok()), "{kind}: the lock of n{victim}, which died\n{}", cluster.logs());
+            eprintln!("{kind}: n{victim}'s lock was free after {:?}", clock().saturating_sub(begun));
+            // Whoever was the locks' master: those of the living are still held.
+            let mut late = locker(&third);
+            let place = if kind == "flock" { "0 0" } else { "20 10" };
+            assert_eq!(late.ask(&format!("{kind} 0 ex {place}")), Err(libc::EAGAIN), "{kind}: a lock of n2 is gone");
+            assert_eq!((waiter.ask(&format!("{kind} 0 un")), other.ask(&format!("{kind} 0 un"))), (ok(), ok()));
+            drop((holder, waiter, other));
+            late.tell(&format!("{kind} 0 ex 0 0 wait"));
+            assert_eq!(late.answer(SOON), Some(ok()), "{kind}: after all holders ended");
+            assert_eq!(late.ask(&format!("{kind} 0 un")), ok());
+            cluster.start(&[victim]);
+            cluster.wait_healthy();
+            let mut back = locker(&dying);
+            assert_eq!(back.ask(&format!("{kind} 0 ex 0 0")), ok(), "{kind}: on the node that came back");
+            assert_eq!(back.ask(&format!("{kind} 0 un")), ok());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_node_that_is_cut_off_loses_its_locks_and_says_so() {
+    let cluster = RealCluster::up(&Options { netns: true, ..Options::default() });
+    cluster.wait_healthy();
+    let files = file(&cluster);
+    let mut holder = locker(&files[1]);
+    assert_eq!(holder.ask("fcntl 0 ex 0 10"), ok());
+    assert_eq!(holder.ask("write 0 mine"), ok());
+    let mut waiter = locker(&files[0]);
+    waiter.tell("fcntl 0 ex 0 10 wait");
+    assert_eq!(waiter.answer(NEVER), None);
+    cluster.verb("cut", &[2]);
+    assert_eq!(waiter.answer(SOON), Some(ok()), "the lock of a node that is cut off\n{}", cluster.logs());
+    assert_eq!(waiter.ask("write 0 yours"), ok());
+    // The former holder believes that it has the lock. What it writes now must not arrive, and it must be told.
+    holder.tell("write 0 mine-again");
+    assert_eq!(holder.answer(NEVER), None, "a node that is cut off wrote");
+    cluster.verb("heal", &[2]);
+    assert_eq!(holder.answer(Duration::from_secs(60)), Some(Err(libc::EIO)), "{}", cluster.logs());
+    assert_eq!(holder.ask("read 0"), Err(libc::EIO), "the handle stays as it is");
+    assert_eq!(waiter.ask("read 0").map(|t| t.starts_with("read yours")), Ok(true));
+    // Opened anew it is as good as any, and the lock is the other's.
+    assert_eq!(holder.ask("reopen 0"), ok());
+    assert_eq!(holder.ask("read 0").map(|t| t.starts_with("read yours")), Ok(true));
+    assert_eq!(holder.ask("fcntl 0 ex 0 10"), Err(libc::EAGAIN));
+    drop(waiter);
+    holder.tell("fcntl 0 ex 0 10 wait");
+    assert_eq!(holder.answer(SOON), Some(ok()));
+    assert_eq!(holder.ask("write 0 mine-at-last"), ok());
+    let path = files[2].clone();
+    let text = within(LONG, "reading", move || std::fs::read_to_string(path).expect("it can be read"));
+    assert!(text.starts_with("mine-at-last"), "{text}");
+}
+
+/// What is known and not yet mended (docs/testing.md, "Open findings"). `ci` leaves these out.
+mod open_findings {
+    use super::*;
+
+    /// The kernel is not told when an open file's own locks (F_OFD_SETLK) end with it, and so nor are we.
+    #[test]
+    #[ignore = "open finding: open-file locks stay when their holder ends"]
+    fn locks_of_a_process_that_ended_are_free() {
+        let cluster = RealCluster::up(&Options::default());
+        good(&cluster, LOCKS, &cluster.mounts(), &["check", "--only", "ending"]);
+    }
+
+    /// An epoch for names (FUSE_NOTIFY_INC_EPOCH) makes the kernel drop directories from its tree until they are looked up
+    /// again; one that is somebody's working directory counts as removed meanwhile.
+    #[test]
+    #[ignore = "open finding: getcwd() fails now and then while another node changes names"]
+    fn a_working_directory_is_not_lost_while_others_change_it() {
+        let cluster = RealCluster::up(&Options::default());
+        let (here, there) = (cluster.mount(1).join("a/b/c"), cluster.mount(3).join("a/b/c"));
+        std::fs::create_dir_all(&here).expect("a directory");
+        File::create(here.join("file")).expect("a file");
+        std::env::set_current_dir(&here).expect("a working directory");
+        let done = AtomicBool::new(false);
+        let lost = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    File::create(there.join("guest")).expect("a file");
+                    std::fs::remove_file(there.join("guest")).expect("it can be removed");
+                }
+            });
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::fs::metadata(here.join("file")).expect("it is there");
+                }
+            });
+            let end = clock() + Duration::from_secs(8);
+            let mut lost = 0;
+            while clock() < end {
+                lost += u64::from(std::env::current_dir().is_err());
+            }
+            done.store(true, Ordering::Relaxed);
+            lost
+        });
+        std::env::set_current_dir("/").expect("a working directory");
+        assert_eq!(lost, 0, "times that the working directory was not found");
+    }
+}
