@@ -112,6 +112,10 @@ impl Disk for NodeDisk {
         self.inner.flush(targets).await
     }
 
+    fn take_loss(&self, object: ObjectId) -> bool {
+        self.inner.take_loss(object)
+    }
+
     fn set_open(&self, object: ObjectId, open: bool) {
         let Ok(mut opens) = self.opens.lock() else { return };
         if open {

@@ -175,9 +175,12 @@ pub trait Upcalls: Send + Sync + 'static {
     /// again. Drop what the kernel was told on the strength of it. `keep` is the mode that stays (`None`: nothing).
     fn revoked(&self, object: ObjectId, keep: Option<Mode>);
 
-    /// All tokens are gone (this node was declared dead and let back in). `lost`: objects whose written-behind data is
-    /// lost; each must answer EIO once, on its next fsync or close.
-    fn reset(&self, lost: Vec<ObjectId>);
+    /// All tokens are gone (this node was declared dead).
+    fn reset(&self);
+
+    /// Written-behind data of these objects is lost. The disk remembers it until [`Disk::flush`] or [`Disk::take_loss`] has
+    /// reported it, once per object; this is for those who want to know at once.
+    fn lost(&self, objects: &[ObjectId]);
 }
 
 /// The shared logical disk of one file system, seen from one node. Cheap to clone.
@@ -229,6 +232,9 @@ pub trait Disk: Clone + Send + Sync + 'static {
     /// Makes targets durable on every in-sync copy, with all that they come after. `Lost` if something of the targets was
     /// lost since it was last reported.
     fn flush(&self, targets: &[FlushTarget]) -> impl Future<Output = Result<(), DiskError>> + Send;
+
+    /// Whether something of an object was lost since it was last reported; it has been now (for `close`, which flushes nothing).
+    fn take_loss(&self, object: ObjectId) -> bool;
 
     /// Declares whether this node has the object open. When the token is given up the master is told, so that
     /// `open_elsewhere` is right on the node that gets it.

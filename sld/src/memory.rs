@@ -341,6 +341,13 @@ impl Disk for MemoryDisk {
         if state.lost.len() == before { Ok(()) } else { Err(DiskError::Lost) }
     }
 
+    fn take_loss(&self, object: ObjectId) -> bool {
+        let mut state = self.shared.state.lock();
+        let before = state.lost.len();
+        state.lost.retain(|lost| *lost != FlushTarget::Object(object));
+        state.lost.len() < before
+    }
+
     fn set_open(&self, object: ObjectId, open: bool) {
         let mut state = self.shared.state.lock();
         if open {

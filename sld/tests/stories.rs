@@ -88,6 +88,29 @@ async fn soon<T>(f: impl Future<Output = T>) -> T {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_write_that_can_never_be_done_is_told_at_once_and_reported_once() {
+    let (_cluster, store, _mirrors, sld, disk, told) = alone(Options::default());
+    let (a, b) = (create(&disk, 1).await, create(&disk, 2).await);
+    disk.flush(&[FlushTarget::All]).await.unwrap();
+    store.refuse(true);
+    change(&disk, a, 11).await;
+    assert_eq!(soon(disk.flush(&[FlushTarget::Object(inode(a))])).await, Err(DiskError::Lost));
+    assert_eq!((*told.resets.lock(), told.lost.lock().clone()), (0, vec![inode(a)]));
+    assert!(!disk.take_loss(inode(a)), "nothing is told twice");
+    change(&disk, b, 12).await;
+    // Written behind, with nobody waiting for it: it is for who closes the file.
+    while told.lost.lock().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(disk.take_loss(inode(b)) && !disk.take_loss(inode(b)));
+    store.refuse(false);
+    change(&disk, a, 13).await;
+    assert_eq!(soon(disk.flush(&[FlushTarget::Object(inode(a))])).await, Ok(()));
+    assert_eq!(number(&store.peek(a).unwrap().0), 13);
+    sld.check_invariants();
+}
+
+#[tokio::test(start_paused = true)]
 async fn node_that_was_cut_off_drops_everything_and_says_so_once() {
     let (cluster, store, mirrors, sld, disk, told) = alone(Options::default());
     let (a, b) = (create(&disk, 1).await, create(&disk, 2).await);
@@ -109,7 +132,7 @@ async fn node_that_was_cut_off_drops_everything_and_says_so_once() {
     let durable = store.peek(a).map(|(d, _)| number(&d)).unwrap();
     cluster.show(|c| c.nodes.get_mut(&NodeId(1)).unwrap().up = false, false);
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(*told.reset.lock(), vec![vec![inode(a)]]);
+    assert_eq!((*told.resets.lock(), told.lost.lock().clone()), (1, vec![inode(a)]));
     assert_eq!(disk.status().tokens, 0);
     // Let back in with a new life.
     store.revive(&mirrors);
@@ -126,6 +149,7 @@ async fn node_that_was_cut_off_drops_everything_and_says_so_once() {
     assert_eq!(soon(waiting).await.unwrap(), durable);
     assert_eq!(disk.flush(&[FlushTarget::Object(inode(a))]).await, Err(DiskError::Lost));
     assert_eq!(disk.flush(&[FlushTarget::Object(inode(a))]).await, Ok(()));
+    assert!(!disk.take_loss(inode(a)), "nothing is told twice");
     assert_eq!(disk.flush(&[FlushTarget::Object(inode(b))]).await, Ok(()), "nothing of it was dirty");
     assert_eq!(soon(read(&disk, b)).await, 2);
     soon(change(&disk, b, 23)).await;

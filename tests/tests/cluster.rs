@@ -740,6 +740,7 @@ fn a_cut_off_node_suspends_and_comes_back() {
     assert_eq!(sh(&cluster.mount(2), "cat file"), "old");
     // Written on the node that is about to be cut off, and not yet on the disks.
     let mut lossy = File::create(cluster.mount(2).join("lossy")).expect("the file can be made");
+    lossy.sync_all().expect("the file can be synced");
     lossy.write_all(b"perhaps").expect("the file can be written");
     cluster.verb("cut", &[2]);
     let path = cluster.mount(1).join("file");
@@ -761,7 +762,16 @@ fn a_cut_off_node_suspends_and_comes_back() {
     let synced = within(LONG, "syncing once the node is back", move || lossy.sync_all());
     match synced {
         Ok(()) => assert_eq!(sh(&cluster.mount(3), "cat lossy"), "perhaps"),
-        Err(error) => assert_eq!(error.raw_os_error(), Some(errno::EIO), "{error}"),
+        Err(error) => {
+            assert_eq!(error.raw_os_error(), Some(errno::EIO), "{error}");
+            // By name, soon: the path is looked up once the node is back.
+            let told = || cluster.pulsar(2, &["events"]).expect("pulsar events runs").text;
+            let begun = clock();
+            while !told().contains("data of /lossy ") {
+                assert!(clock().saturating_sub(begun) < LONG, "no event names the file that lost data:\n{}", told());
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
     }
     cluster.wait_healthy();
     sh(&cluster.mount(2), "echo more >again; sync again");

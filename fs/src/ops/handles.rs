@@ -177,7 +177,7 @@ impl<D: Disk> FileSystem<D> {
         Ok(true)
     }
 
-    async fn records(&self, ino: Ino) -> Result<Vec<Parent>> {
+    pub(super) async fn records(&self, ino: Ino) -> Result<Vec<Parent>> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let source = Source::disk(&self.disk);
         parents::all(source, &self.load(source, ino).await?).await

@@ -2,7 +2,7 @@
 
 use super::{FileSystem, Locks};
 use crate::btree;
-use crate::directory::check_name;
+use crate::directory::{self, check_name};
 use crate::error::{FsError, Result};
 use crate::format::NAME_MAX;
 use crate::inode::{Attributes, Body, FileKind, Ino};
@@ -23,6 +23,9 @@ pub struct StatFs {
     /// Longest name.
     pub name_max: u32,
 }
+
+/// A path that is deeper is not told.
+const DEPTH_MAX: usize = 1024;
 
 impl<D: Disk> FileSystem<D> {
     /// What a name in a directory leads to.
@@ -75,6 +78,44 @@ impl<D: Disk> FileSystem<D> {
     /// `Stale` if it is gone; those of the disk.
     pub async fn attributes(&self, ino: Ino) -> Result<Attributes> {
         Ok(self.inode(ino).await?.attributes())
+    }
+
+    /// One of an inode's paths, from the root of the file system, without a slash before it; `None` if it has no name. For
+    /// messages: it may be another one a moment later.
+    ///
+    /// # Errors
+    /// `Stale` if it is gone; those of the disk.
+    pub async fn path_of(&self, ino: Ino) -> Result<Option<Vec<u8>>> {
+        let mut names = Vec::new();
+        let mut at = ino;
+        while at != self.root() {
+            let Some((dir, name)) = self.name_of(at).await? else { return Ok(None) };
+            names.push(name);
+            if names.len() > DEPTH_MAX {
+                return Ok(None);
+            }
+            at = dir;
+        }
+        names.reverse();
+        Ok(Some(names.join(&b'/')))
+    }
+
+    /// One of an inode's names, and the directory that it is in.
+    async fn name_of(&self, ino: Ino) -> Result<Option<(Ino, Bytes)>> {
+        for record in self.records(ino).await? {
+            let dir = Ino(record.dir);
+            let _tokens = self.tokens(&[(dir.object(), Mode::Shared)]).await?;
+            let source = Source::disk(self.disk());
+            let inode = self.load(source, dir).await?;
+            if !inode.is_directory() {
+                continue;
+            }
+            let (bucket, _) = directory::bucket(source, &inode, record.hash).await?;
+            if let Some(entry) = bucket.entries.into_iter().find(|e| e.ino == ino && e.seq == record.seq) {
+                return Ok(Some((dir, entry.name)));
+            }
+        }
+        Ok(None)
     }
 
     /// The target of a symbolic link.

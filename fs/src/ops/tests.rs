@@ -368,6 +368,22 @@ async fn a_large_file_is_freed_in_bounded_operations() {
 }
 
 #[tokio::test]
+async fn an_inode_is_found_by_a_path_while_it_has_one() {
+    let fs = fresh(&[4096]).await;
+    let root = fs.root();
+    assert_eq!(fs.path_of(root).await, Ok(Some(Vec::new())));
+    let dir = fs.make(&ROOT, root, b"d", NewNode::Directory, 0o755).await.unwrap().ino;
+    let file = fs.make(&ROOT, dir, b"f", NewNode::File, 0o644).await.unwrap().ino;
+    assert_eq!(fs.path_of(file).await, Ok(Some(b"d/f".to_vec())));
+    fs.link(file, root, b"g").await.unwrap();
+    fs.unlink(&ROOT, dir, b"f").await.unwrap();
+    assert_eq!(fs.path_of(file).await, Ok(Some(b"g".to_vec())));
+    fs.open(file, OpenFlags { read: true, ..OpenFlags::default() }).await.unwrap();
+    fs.unlink(&ROOT, root, b"g").await.unwrap();
+    assert_eq!(fs.path_of(file).await, Ok(None), "open, without a name");
+}
+
+#[tokio::test]
 async fn a_loss_is_told_to_those_whom_it_concerns() {
     let fs = fresh(&[4096]).await;
     let root = fs.root();
@@ -388,6 +404,10 @@ async fn a_loss_is_told_to_those_whom_it_concerns() {
     assert_eq!(fs.fsync(other, false).await, lost);
     fs.disk().lose(FlushTarget::Object(root.object()));
     assert_eq!(fs.fsync_directory(root).await, lost);
+    // Whoever closes is told, and then nobody else.
+    fs.disk().lose(FlushTarget::Object(file.object()));
+    assert!(fs.disk().take_loss(file.object()) && !fs.disk().take_loss(file.object()));
+    assert_eq!(fs.fsync(file, false).await, Ok(()));
 }
 
 /// An access control list of owner, a named user, owning group, mask (if not 9) and others.

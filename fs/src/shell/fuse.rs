@@ -28,9 +28,7 @@ use fuser::{
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use parking_lot::Mutex;
 use sld::{Disk, Locks};
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::future::Future;
 use std::io;
@@ -59,8 +57,6 @@ pub(crate) struct Front<D: Disk> {
     pub(crate) lifetime: Lifetime,
     pub(crate) company: Company,
     pub(crate) identity: Identity,
-    /// Files whose written-behind data was lost: each answers EIO once.
-    pub(crate) lost: Arc<Mutex<HashSet<u64>>>,
     /// Files whose locks this node has lost.
     pub(crate) forfeits: Arc<Forfeits>,
     /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
@@ -136,9 +132,9 @@ impl<D: Disk> Front<D> {
         flags
     }
 
-    /// EIO, once, if written-behind data of the file was lost.
+    /// EIO, once, if written-behind data of the file was lost. (`fsync` reports it by itself.)
     fn report_loss(&self, ino: Ino) -> Result<(), FsError> {
-        if self.lost.lock().remove(&ino.0) { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
+        if self.fs.disk().take_loss(ino.object()) { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
     }
 }
 
@@ -555,9 +551,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         }
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let result = front.fs.fsync(node, data_only).await;
-            let loss = front.report_loss(node);
-            empty(result.and(loss), reply);
+            empty(front.fs.fsync(node, data_only).await, reply);
         });
     }
 
@@ -684,9 +678,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn fsyncdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, _data_only: bool, reply: ReplyEmpty) {
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let result = front.fs.fsync_directory(node).await;
-            let loss = front.report_loss(node);
-            empty(result.and(loss), reply);
+            empty(front.fs.fsync_directory(node).await, reply);
         });
     }
 

@@ -14,4 +14,4 @@ pub use fuse::Lifetime;
 pub use mount::{
     MOUNT_TYPE, MountOptions, TRANSFER_MAX, UnknownOption, Unmount, mount, receive_descriptor, remount, send_descriptor, unmount,
 };
-pub use serve::{MountHandle, ServeOptions, Server, serve};
+pub use serve::{MountHandle, OnLoss, ServeOptions, Server, serve};

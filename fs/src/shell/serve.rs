@@ -12,16 +12,15 @@ use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
 use super::translate::Identity;
-use crate::FileSystem;
+use crate::{FileSystem, Ino};
 use fuser::{Config, Session, SessionACL};
 use parking_lot::Mutex;
 use sld::{Disk, Locks, Mode, ObjectId, Upcalls};
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -53,6 +52,9 @@ impl Default for ServeOptions {
     }
 }
 
+/// Told of files whose written-behind data is lost. Must return at once.
+pub type OnLoss = dyn Fn(Vec<Ino>) + Send + Sync;
+
 /// All mounts of one file system on this node.
 pub struct Server<D: Disk> {
     fs: Arc<FileSystem<D>>,
@@ -66,6 +68,13 @@ impl<D: Disk> Server<D> {
         fs.disk().set_upcalls(mounts.clone());
         fs.keep_replaced();
         Server { fs, mounts }
+    }
+
+    /// Sets who is told of losses, beside the programs that get `EIO`. Once per server.
+    pub fn on_loss(&self, tell: Box<OnLoss>) {
+        if self.mounts.losses.set(tell).is_err() {
+            tracing::warn!("who is told of losses was set twice; the first one stays");
+        }
     }
 
     /// Serves a mount whose descriptor of /dev/fuse is given. Must be called within a tokio runtime. Returns at once; see
@@ -104,7 +113,6 @@ impl<D: Disk> Server<D> {
             notify,
             lifetime: options.lifetime,
             identity,
-            lost: self.mounts.lost.clone(),
             node: options.locks.as_ref().map_or(cluster::NodeId(0), |l| l.1),
             locks: options.locks.map(|l| l.0),
             runtime: runtime.clone(),
@@ -335,8 +343,8 @@ impl Drop for Company {
 struct Mounts {
     peers: Mutex<Vec<Weak<dyn Peer>>>,
     live: Arc<AtomicUsize>,
-    lost: Arc<Mutex<HashSet<u64>>>,
     locks: Mutex<Weak<Locks>>,
+    losses: OnceLock<Box<OnLoss>>,
 }
 
 impl Mounts {
@@ -359,16 +367,22 @@ impl Upcalls for Mounts {
         }
     }
 
-    fn reset(&self, lost: Vec<ObjectId>) {
-        self.lost.lock().extend(lost.into_iter().filter_map(|object| match object {
-            ObjectId::Inode(ino) => Some(ino),
-            _ => None,
-        }));
+    fn reset(&self) {
         // Before anything that was under way can get a token again.
         let locks = self.locks.lock().upgrade();
         if let Some(locks) = locks {
             locks.lose();
         }
         self.each(|peer| peer.reset());
+    }
+
+    fn lost(&self, objects: &[ObjectId]) {
+        let files = objects.iter().filter_map(|object| match object {
+            ObjectId::Inode(ino) => Some(Ino(*ino)),
+            _ => None,
+        });
+        if let Some(tell) = self.losses.get() {
+            tell(files.collect());
+        }
     }
 }

@@ -152,11 +152,13 @@ impl DiskShared {
                 tracing::error!(fs = %self.fs, %error, "a write can never be done; its file's data is lost");
                 let mut state = self.state.lock();
                 let (lost, settled) = state.wb.failed(ticket);
+                let objects: BTreeSet<ObjectId> = lost.iter().map(|(_, o)| *o).collect();
                 state.losses.add(lost);
                 for f in settled.flushed {
                     state.flushes.remove(&f);
                 }
                 drop(state);
+                self.tell_lost(&objects.into_iter().collect::<Vec<_>>());
                 self.room.notify_waiters();
             }
         }
@@ -333,13 +335,20 @@ impl DiskShared {
         objects.into_iter().collect()
     }
 
-    pub(super) fn tell_reset(&self, lost: Vec<ObjectId>) {
+    pub(super) fn tell_reset(&self, lost: &[ObjectId]) {
         if !lost.is_empty() {
             tracing::error!(fs = %self.fs, objects = lost.len(), "cut off from the cluster: what was written behind is lost");
         }
         self.room.notify_waiters();
         if let Some(upcalls) = self.upcalls.get() {
-            upcalls.reset(lost);
+            upcalls.reset();
+        }
+        self.tell_lost(lost);
+    }
+
+    fn tell_lost(&self, objects: &[ObjectId]) {
+        if let Some(upcalls) = self.upcalls.get().filter(|_| !objects.is_empty()) {
+            upcalls.lost(objects);
         }
     }
 
@@ -616,6 +625,10 @@ impl Disk for PulsarDisk {
 
     async fn flush(&self, targets: &[FlushTarget]) -> Result<(), DiskError> {
         self.shared.flush(targets).await
+    }
+
+    fn take_loss(&self, object: ObjectId) -> bool {
+        self.shared.state.lock().losses.report(&FlushTarget::Object(object))
     }
 
     fn set_open(&self, object: ObjectId, open: bool) {

@@ -110,7 +110,7 @@ impl Node {
             (r, step.finished)
         };
         for (disk, objects) in lost {
-            disk.tell_reset(objects);
+            disk.tell_reset(&objects);
         }
         for (disk, action) in actions {
             match action {

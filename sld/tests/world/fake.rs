@@ -33,6 +33,8 @@ struct Store {
     delay_us: u64,
     reads: u64,
     groups: u64,
+    /// Groups that can never be written.
+    refuse: bool,
 }
 
 /// What is on the disks of all nodes.
@@ -52,6 +54,7 @@ impl FakeStore {
             delay_us,
             reads: 0,
             groups: 0,
+            refuse: false,
         })))
     }
 
@@ -82,6 +85,11 @@ impl FakeStore {
     /// The node may write again, as after it was let back in.
     pub(crate) fn revive(&self, mirrors: &FakeMirrors) {
         self.0.lock().lives.insert(mirrors.node, mirrors.life);
+    }
+
+    /// From now on (or no more) no group can be written.
+    pub(crate) fn refuse(&self, refuse: bool) {
+        self.0.lock().refuse = refuse;
     }
 
     pub(crate) fn peek(&self, block: BlockNo) -> Option<(Bytes, Tag)> {
@@ -175,6 +183,11 @@ impl Mirrors for FakeMirrors {
             let mut s = store.0.lock();
             if s.lives.get(&node) != Some(&life) {
                 return Err(MirrorError::Fenced);
+            }
+            if s.refuse {
+                let block = BlockNo::new(mirror, 0);
+                s.queues.entry(key).or_default().retain(|(n, _)| *n != number);
+                return Err(MirrorError::NoSuchBlock { block });
             }
             while s.queues.get(&key).and_then(VecDeque::front).is_some_and(|(n, _)| *n <= number) {
                 s.apply_first(key);

@@ -19,15 +19,19 @@ pub(crate) const REGION: u32 = mirror::REGION_BLOCKS;
 #[derive(Default)]
 pub(crate) struct Told {
     pub(crate) revoked: Mutex<Vec<(ObjectId, Option<Mode>)>>,
-    pub(crate) reset: Mutex<Vec<Vec<ObjectId>>>,
+    pub(crate) resets: Mutex<u32>,
+    pub(crate) lost: Mutex<Vec<ObjectId>>,
 }
 
 impl Upcalls for Told {
     fn revoked(&self, object: ObjectId, keep: Option<Mode>) {
         self.revoked.lock().push((object, keep));
     }
-    fn reset(&self, lost: Vec<ObjectId>) {
-        self.reset.lock().push(lost);
+    fn reset(&self) {
+        *self.resets.lock() += 1;
+    }
+    fn lost(&self, objects: &[ObjectId]) {
+        self.lost.lock().extend_from_slice(objects);
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod collector;
 pub mod hint;
+mod losses;
 pub mod mounts;
 pub mod node;
 pub mod offline;

@@ -5,6 +5,7 @@
 //! - Only mounts of this daemon are ever taken away: a mount is known by its device number, not by its directory.
 //! - A record from before the last boot is void: fstab mounts anew then.
 
+use super::losses;
 use super::node::Node;
 use crate::events::{EventLog, Kind};
 use crate::failure::{Context, Failure, Outcome};
@@ -21,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::runtime::Handle;
 
 /// How long the kernel may take to greet.
 const GREETING: Duration = Duration::from_secs(10);
@@ -87,8 +89,21 @@ impl Mounts {
 
     /// What serves the mounts of a file system: one per file system, since it is what revocations are told to.
     async fn server(&self, fs: &str) -> Outcome<Arc<Server<PulsarDisk>>> {
+        let name = fs.to_owned();
         let (id, fs) = self.node.filesystem(fs).await?;
-        Ok(self.servers.lock().await.entry(id).or_insert_with(|| Arc::new(Server::new(fs))).clone())
+        let mut servers = self.servers.lock().await;
+        if let Some(server) = servers.get(&id) {
+            return Ok(server.clone());
+        }
+        let (node, weak, runtime) = (Arc::downgrade(&self.node), Arc::downgrade(&fs), Handle::current());
+        let server = Arc::new(Server::new(fs));
+        server.on_loss(Box::new(move |files| {
+            // Losses are told from any thread.
+            let _runtime = runtime.enter();
+            losses::tell(&node, &weak, &name, files);
+        }));
+        servers.insert(id, server.clone());
+        Ok(server)
     }
 
     /// Serves a mount; returns when its root can be reached.

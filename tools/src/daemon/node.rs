@@ -175,7 +175,7 @@ impl Node {
 
     /// What happened.
     #[must_use]
-    pub fn events(&self) -> &EventLog {
+    pub fn events(&self) -> &Arc<EventLog> {
         &self.events
     }
 
