@@ -17,6 +17,15 @@ pub enum MirrorEvent {
         /// What was wrong.
         what: String,
     },
+    /// Tags of a disk could not be read: the blocks are taken for damaged, and repaired from other copies.
+    TagsLost {
+        /// The disk.
+        disk: DiskId,
+        /// How many blocks.
+        blocks: u64,
+        /// The error.
+        why: String,
+    },
     /// No good copy of a block can be reached.
     Corrupt {
         /// The block.
@@ -68,7 +77,13 @@ pub enum MirrorEvent {
 pub struct ScrubReport {
     /// Whether it is still running.
     pub running: bool,
-    /// Allocated blocks checked.
+    /// Whether it has come to its end.
+    pub finished: bool,
+    /// Blocks of copies on this node's disks looked through, free ones included.
+    pub looked: u64,
+    /// Of so many.
+    pub blocks: u64,
+    /// Of these, allocated: all their copies were read.
     pub checked: u64,
     /// Copies repaired.
     pub repaired: u64,

@@ -5,10 +5,10 @@
 use crate::api::{BlockDevice, Mirrors, Tag, Version};
 use crate::events::{CopyStatus, DiskStatus, MirrorEvent, MirrorStatus, ScrubReport};
 use crate::format::OpenError;
-use crate::message::Wire;
+use crate::message::{Reply, Wire, WriteHead, WriteMode, Writer};
 use crate::resync::Progress;
 use crate::shell::client::Client;
-use crate::shell::disk::{Disk, Got};
+use crate::shell::disk::{Disk, Got, News};
 use crate::shell::open::Expected;
 use crate::shell::rpc::Rpc;
 use crate::shell::server::Server;
@@ -20,10 +20,13 @@ use parking_lot::Mutex;
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 
 /// Events that a slow listener may be behind before it loses some.
 const EVENTS_MAX: usize = 1024;
+
+/// Questions of other nodes that wait or are worked on; more are refused.
+const QUESTIONS_WAITING_MAX: usize = 4096;
 
 /// Settings.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +104,7 @@ impl Mirror {
             server: Arc::downgrade(&mirror.server),
             rpc: Arc::downgrade(&mirror.rpc),
             tasks: Arc::downgrade(&mirror.tasks),
+            places: Arc::new(Semaphore::new(QUESTIONS_WAITING_MAX)),
         };
         mirror.cluster.transport().register(Service::Mirror, Arc::new(receiver));
         // At once, so that what is submitted right after the start does not meet a client that knows no view.
@@ -175,14 +179,25 @@ impl Mirror {
     pub async fn add_disk(&self, id: DiskId, device: Arc<dyn BlockDevice>) -> Result<(), StartError> {
         let config = Arc::clone(&self.cluster.view().borrow().config);
         let expected = Expected { cluster: Some(config.cluster), uuid: config.disks.get(&id).map(|d| d.uuid) };
-        let (server, tasks) = (Arc::downgrade(&self.server), Arc::downgrade(&self.tasks));
-        let on_fault = Box::new(move |why: String| {
-            if let (Some(server), Some(tasks)) = (server.upgrade(), tasks.upgrade()) {
-                let _ = server.events.send(MirrorEvent::DiskFaulted { disk: id, why });
-                tasks.spawn(async move { server.report_fault(id).await });
+        let (client, server, tasks) = (Arc::downgrade(&self.client), Arc::downgrade(&self.server), Arc::downgrade(&self.tasks));
+        let on_news = Box::new(move |news| {
+            let (Some(server), Some(tasks)) = (server.upgrade(), tasks.upgrade()) else { return };
+            match news {
+                News::Faulted { why } => {
+                    let _ = server.events.send(MirrorEvent::DiskFaulted { disk: id, why });
+                    tasks.spawn(async move { server.report_fault(id).await });
+                }
+                News::TagsLost { blocks, why } => {
+                    let _ = server.events.send(MirrorEvent::TagsLost { disk: id, blocks: blocks.len() as u64, why });
+                    let client = client.clone();
+                    tasks.spawn(async move {
+                        let Some(client) = client.upgrade() else { return };
+                        scrub::repair_area(&client, id, blocks).await;
+                    });
+                }
             }
         });
-        match Disk::open(device, expected, self.options.tag_blocks_max, on_fault, &self.disk_tasks).await {
+        match Disk::open(device, expected, self.options.tag_blocks_max, on_news, &self.disk_tasks).await {
             Ok(disk) => {
                 self.server.add_disk(id, disk);
                 Ok(())
@@ -290,7 +305,7 @@ impl Mirror {
             if report.running {
                 return;
             }
-            report.running = true;
+            *report = ScrubReport { running: true, ..ScrubReport::default() };
         }
         let (client, report) = (Arc::clone(&self.client), Arc::clone(&self.scrub));
         self.tasks.spawn(async move {
@@ -340,6 +355,14 @@ struct Ear {
     server: Weak<Server>,
     rpc: Weak<Rpc>,
     tasks: Weak<Tasks>,
+    /// One per question that waits or is worked on.
+    places: Arc<Semaphore>,
+}
+
+/// Whether a write may come from a peer: its own, or a repair, which is nobody's.
+fn may_write(from: Peer, head: &WriteHead) -> bool {
+    let own = Writer { node: from.node, incarnation: from.incarnation };
+    head.writer == own || (matches!(head.mode, WriteMode::Repair { .. }) && head.writer == Writer::default())
 }
 
 impl Receiver for Ear {
@@ -355,6 +378,11 @@ impl Receiver for Ear {
         match wire {
             Wire::Reply { id, epoch, reply } => rpc.replied(from.node, id, epoch, reply, message.parts),
             Wire::Request { id, epoch, disk, request: Request::Write(head) } => {
+                // Nobody writes in another's name: order and completeness are kept account of by writer.
+                if !may_write(from, &head) {
+                    tracing::error!("a write of {} in the name of {} is refused", from.node, head.writer.node);
+                    return rpc.answer(from.node, id, epoch, Reply::Refused, Vec::new());
+                }
                 let respond = Box::new(move |reply| rpc.answer(from.node, id, epoch, reply, Vec::new()));
                 server.write(epoch, disk, head, message.parts, respond);
             }
@@ -363,10 +391,17 @@ impl Receiver for Ear {
                     server.completed(disk, mirror, writer, upto);
                 }
             }
-            Wire::Request { id, epoch, disk, request } => tasks.spawn(async move {
-                let (reply, parts) = server.serve(epoch, disk, request).await;
-                rpc.answer(from.node, id, epoch, reply, parts);
-            }),
+            Wire::Request { id, epoch, disk, request } => {
+                let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+                    // Whoever gets no answer of use to it asks again, after a pause.
+                    return rpc.answer(from.node, id, epoch, Reply::Refused, Vec::new());
+                };
+                tasks.spawn(async move {
+                    let _place = place;
+                    let (reply, parts) = server.serve(epoch, disk, request).await;
+                    rpc.answer(from.node, id, epoch, reply, parts);
+                });
+            }
         }
     }
 

@@ -100,7 +100,7 @@ impl DiskReader {
         loop {
             let (entry, pending) = match self.core.lookup(addr) {
                 Lookup::NeedTags(block) => {
-                    load_tags(&*self.device, &mut self.core, [block].into()).await?;
+                    load_tags(&*self.device, &mut self.core, [block].into()).await;
                     continue;
                 }
                 Lookup::Damaged => return Ok(OfflineBlock::Damaged { version: Version(0) }),

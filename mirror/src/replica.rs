@@ -144,6 +144,8 @@ pub(crate) struct DiskCore {
     tags: LruCache<u32, TagBlock>,
     tags_max: usize,
     tags_dirty: usize,
+    /// Tag blocks that could not be read, not yet told.
+    tags_lost: Vec<(u32, String)>,
     changes: u64,
     /// Grows with every checkpoint: tells a loader of tag blocks that what it read may be old.
     generation: u64,
@@ -178,6 +180,7 @@ impl DiskCore {
             tags: LruCache::unbounded(),
             tags_max: tags_max.max(64),
             tags_dirty: 0,
+            tags_lost: Vec::new(),
             changes: 0,
             generation: 0,
             overlay: BTreeMap::new(),
@@ -225,6 +228,21 @@ impl DiskCore {
         }
         self.tags.put(block, TagBlock { bytes: bytes.to_vec(), dirty: 0 });
         true
+    }
+
+    /// Takes note that a tag block cannot be read: all its tags are damaged. False as for `install_tags`.
+    pub(crate) fn install_lost_tags(&mut self, block: u32, generation: u64, why: &std::io::Error) -> bool {
+        let news = !self.tags.contains(&block) && generation == self.generation;
+        if news {
+            self.tags_lost.push((block, why.to_string()));
+        }
+        // No tag looks like this: it is not zero, and its check is wrong.
+        self.install_tags(block, &[0xff; BLOCK_SIZE], generation)
+    }
+
+    /// Tag blocks that could not be read, each once, with the reason.
+    pub(crate) fn take_tags_lost(&mut self) -> Vec<(u32, String)> {
+        std::mem::take(&mut self.tags_lost)
     }
 
     /// Drops the least recently used clean tag blocks beyond the bound.

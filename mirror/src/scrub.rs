@@ -9,8 +9,9 @@ use crate::message::{Found, READ_BLOCKS_MAX, Reply, Request};
 use crate::replica::counter;
 use crate::shell::client::{Client, Source, check_found, sources};
 use cluster::config::MemberState;
-use cluster::{MirrorId, View};
+use cluster::{DiskId, MirrorId, View};
 use parking_lot::Mutex;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +24,9 @@ type Answer = Result<(BlockRead, Option<(Checksum, bool)>), Version>;
 
 /// Scrubs all mirrors that have a copy in sync here.
 pub(crate) async fn scrub(client: &Client, report: &Mutex<ScrubReport>) {
-    *report.lock() = ScrubReport { running: true, ..ScrubReport::default() };
     let copies: Vec<_> = client.server.copies().into_iter().filter(|(_, _, c)| c.state == MemberState::InSync).collect();
+    let blocks = copies.iter().map(|(_, _, c)| u64::from(c.blocks)).sum();
+    *report.lock() = ScrubReport { running: true, blocks, ..ScrubReport::default() };
     for (mirror, _, copy) in copies {
         let mut first = 0;
         while first < copy.blocks {
@@ -37,9 +39,31 @@ pub(crate) async fn scrub(client: &Client, report: &Mutex<ScrubReport>) {
                 stretch(client, mirror, blocks, report).await;
             }
             first += count;
+            report.lock().looked += u64::from(count);
         }
     }
-    report.lock().running = false;
+    let mut report = report.lock();
+    (report.running, report.finished) = (false, true);
+}
+
+/// Looks at all copies of what lies in an area of one of this node's disks, and repairs what is damaged. Copies that are
+/// being synced are left to resync.
+pub(crate) async fn repair_area(client: &Client, disk: DiskId, area: Range<u32>) {
+    if client.ready().await.is_err() {
+        return;
+    }
+    let report = Mutex::new(ScrubReport::default());
+    let copies = client.server.copies().into_iter().filter(|(_, d, c)| *d == disk && c.state == MemberState::InSync);
+    for (mirror, _, copy) in copies {
+        let (first, end) = (area.start.max(copy.base), area.end.min(copy.base.saturating_add(copy.blocks)));
+        if first < end {
+            stretch(client, mirror, (first - copy.base..end - copy.base).collect(), &report).await;
+        }
+    }
+    let left = report.lock().unrepaired;
+    if left > 0 {
+        tracing::error!("{disk}: {left} damaged blocks could not be repaired for now; reading them, or a scrub, tries again");
+    }
 }
 
 async fn stretch(client: &Client, mirror: MirrorId, mut blocks: Vec<u32>, report: &Mutex<ScrubReport>) {

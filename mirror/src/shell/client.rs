@@ -377,7 +377,8 @@ impl Client {
         Ok(good)
     }
 
-    /// Writes a good copy of a block over bad ones.
+    /// Writes a good copy of a block over bad ones; ends when a newer epoch begins. One that was never written goes only where
+    /// the tag itself is damaged: elsewhere the tag says that something was.
     pub(crate) async fn repair(
         &self,
         epoch: Epoch,
@@ -387,10 +388,14 @@ impl Client {
         checksum: Option<(Checksum, bool)>,
         copies: Vec<(Source, Version)>,
     ) -> u64 {
-        let Some((checksum, has_data)) = checksum else { return 0 };
+        let (checksum, has_data) = checksum.unwrap_or_default();
         let slot = Slot { index, tag: read.tag, version: read.version, has_data, checksum };
         let mut repaired = 0;
+        let mut views = self.cluster.view();
         for (source, bad) in copies {
+            if read.version == Version(0) && bad != Version(0) {
+                continue;
+            }
             let head = WriteHead {
                 mirror,
                 mode: WriteMode::Repair { bad },
@@ -416,7 +421,12 @@ impl Client {
                 });
                 self.rpc.ask(source.node, epoch, source.disk, Request::Write(head), data, on_reply);
             }
-            if rx.await == Ok(Reply::Written) {
+            let reply = tokio::select! {
+                biased;
+                reply = rx => reply,
+                _ = views.wait_for(|v| v.epoch() > epoch) => return repaired,
+            };
+            if reply == Ok(Reply::Written) {
                 repaired += 1;
                 self.repaired.fetch_add(1, Ordering::Relaxed);
                 let block = BlockNo::new(mirror, index);

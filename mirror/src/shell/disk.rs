@@ -3,7 +3,8 @@
 //!
 //! Invariants:
 //! - Groups become durable in the order of `write`; an answer is given only after the flush that covers the group.
-//! - The first error of a write or a flush faults the disk: nothing more is written or served.
+//! - The first error of a write or a flush faults the disk: nothing more is written or served. What cannot be read, contents
+//!   or tags, is damaged, and the other copies repair it.
 //! - Only the committer appends to the log; only the checkpointer writes labels, tags, bitmap and logged contents home.
 
 use crate::api::{BlockDevice, Version};
@@ -18,6 +19,7 @@ use cluster::{BLOCK_SIZE, BoxFuture, Epoch, MirrorId};
 use parking_lot::Mutex;
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -63,6 +65,8 @@ enum Work {
     Barrier(oneshot::Sender<()>),
 }
 
+/// Bounded by what its writers may have in flight: each `WINDOW_BYTES` and `WINDOW_GROUPS` (of `client`) per mirror. A full
+/// queue could refuse nothing anyway: the groups behind the refused one would overtake it.
 #[derive(Default)]
 struct Queue {
     work: VecDeque<Work>,
@@ -71,7 +75,23 @@ struct Queue {
 }
 
 /// What happened on a disk, for whoever owns it.
-pub(crate) type OnFault = Box<dyn Fn(String) + Send + Sync>;
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// It has failed.
+    Faulted {
+        /// The error.
+        why: String,
+    },
+    /// The tags of these blocks of the data area cannot be read: they are damaged.
+    TagsLost {
+        /// The blocks.
+        blocks: Range<u32>,
+        /// The error.
+        why: String,
+    },
+}
+
+pub(crate) type OnNews = Box<dyn Fn(News) + Send + Sync>;
 
 pub(crate) struct Disk {
     device: Arc<dyn BlockDevice>,
@@ -84,7 +104,7 @@ pub(crate) struct Disk {
     /// A checkpoint has ended, or the queue was purged.
     released: Notify,
     faulted: AtomicBool,
-    on_fault: OnFault,
+    on_news: OnNews,
     /// Held by the checkpoint that is under way.
     checkpointing: tokio::sync::Mutex<()>,
 }
@@ -95,10 +115,11 @@ impl Disk {
         device: Arc<dyn BlockDevice>,
         expected: Expected,
         tags_max: usize,
-        on_fault: OnFault,
+        on_news: OnNews,
         tasks: &Tasks,
     ) -> Result<Arc<Disk>, OpenError> {
-        let core = open_core(&*device, expected, tags_max).await?;
+        let mut core = open_core(&*device, expected, tags_max).await?;
+        let lost = core.take_tags_lost();
         let disk = Arc::new(Disk {
             device,
             core: Mutex::new(core),
@@ -107,9 +128,10 @@ impl Disk {
             checkpoint: Notify::new(),
             released: Notify::new(),
             faulted: AtomicBool::new(false),
-            on_fault,
+            on_news,
             checkpointing: tokio::sync::Mutex::new(()),
         });
+        disk.tell_tags_lost(lost);
         let committer = Arc::clone(&disk);
         tasks.spawn(async move {
             while let Some(batch) = committer.next_batch().await {
@@ -160,7 +182,16 @@ impl Disk {
         }
         self.released.notify_waiters();
         self.wake.notify_one();
-        (self.on_fault)(why.to_string());
+        (self.on_news)(News::Faulted { why: why.to_string() });
+    }
+
+    fn tell_tags_lost(&self, lost: Vec<(u32, String)>) {
+        for (block, why) in lost {
+            tracing::error!("tag block {block} cannot be read: {why}");
+            let first = block * TAGS_PER_BLOCK;
+            let end = self.with(|c| c.geometry.data_blocks).min(first + TAGS_PER_BLOCK);
+            (self.on_news)(News::TagsLost { blocks: first..end, why });
+        }
     }
 
     // --- writing ---
@@ -302,7 +333,7 @@ impl Disk {
                 }
                 missing
             };
-            self.load_tags(missing).await?;
+            self.load_tags(missing).await;
         };
         if !plan.home.is_empty() {
             let mut home = plan.home.clone();
@@ -406,7 +437,8 @@ impl Disk {
             return;
         }
         let mut queue = self.queue.lock();
-        if queue.closed || queue.work.iter().any(|w| matches!(w, Work::Log(i, _) if i.kind == RecordKind::Carry)) {
+        // Also while the disk is being closed: what was accepted needs the room.
+        if self.is_faulted() || queue.work.iter().any(|w| matches!(w, Work::Log(i, _) if i.kind == RecordKind::Carry)) {
             return;
         }
         // In front: what waits for room waits for these.
@@ -420,17 +452,24 @@ impl Disk {
 
     // --- reading ---
 
-    async fn load_tags(&self, blocks: BTreeSet<u32>) -> io::Result<()> {
+    /// Loads tag blocks. One that cannot be read counts as damaged, as a whole.
+    async fn load_tags(&self, blocks: BTreeSet<u32>) {
         let (start, generation) = self.with(|c| (c.geometry.tags_start, c.generation()));
         let list: Vec<u32> = blocks.into_iter().collect();
         let reads = list.iter().map(|b| self.device.read(start + u64::from(*b), 1)).collect();
         let read = parallel(IO_PARALLEL, reads).await;
-        let mut core = self.core.lock();
-        for (block, bytes) in list.iter().zip(read) {
-            // If a checkpoint came between, the caller finds it still missing and asks again.
-            core.install_tags(*block, &bytes?, generation);
-        }
-        Ok(())
+        let lost = {
+            let mut core = self.core.lock();
+            for (block, bytes) in list.iter().zip(read) {
+                // If a checkpoint came between, the caller finds it still missing and asks again.
+                match bytes {
+                    Ok(bytes) => core.install_tags(*block, &bytes, generation),
+                    Err(e) => core.install_lost_tags(*block, generation, &e),
+                };
+            }
+            core.take_tags_lost()
+        };
+        self.tell_tags_lost(lost);
     }
 
     /// Reads data blocks, in order.
@@ -461,9 +500,7 @@ impl Disk {
                 core.geometry.data_start
             };
             if !missing.is_empty() {
-                if let Err(e) = self.load_tags(missing).await {
-                    self.fault(&e);
-                }
+                self.load_tags(missing).await;
                 continue;
             }
             if home.is_empty() {
@@ -551,8 +588,10 @@ impl Disk {
             } else {
                 match self.device.read(start + u64::from(block), blocks as usize).await {
                     Ok(bytes) => bytes.to_vec(),
-                    Err(e) => {
-                        self.fault(&e);
+                    // One by one, into memory: what cannot be read is damaged.
+                    Err(_) => {
+                        let missing = self.with(|c| (block..block + blocks).filter(|b| !c.has_tags(*b)).collect());
+                        self.load_tags(missing).await;
                         continue;
                     }
                 }
@@ -635,10 +674,20 @@ impl Disk {
 
     /// Writes everything home and stops taking work.
     pub(crate) async fn close(&self) {
-        if !self.barrier().await {
+        let (tx, rx) = oneshot::channel();
+        {
+            // Both at once: what is accepted is answered before this returns.
+            let mut queue = self.queue.lock();
+            if queue.closed {
+                return;
+            }
+            queue.work.push_back(Work::Barrier(tx));
+            queue.closed = true;
+        }
+        self.wake.notify_one();
+        if rx.await.is_err() || self.is_faulted() {
             return;
         }
-        self.queue.lock().closed = true;
         if let Err(e) = self.checkpoint_once().await {
             self.fault(&e);
         }

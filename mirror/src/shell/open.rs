@@ -98,7 +98,7 @@ pub(crate) async fn open_core(device: &dyn BlockDevice, expected: Expected, tags
         if record.sequence != head.sequence || chain != head.chain || !core.fits(&record) {
             break;
         }
-        load_tags(device, &mut core, tag_blocks(&record)).await?;
+        load_tags(device, &mut core, tag_blocks(&record)).await;
         core.replay(&record, sum, &payload);
     }
     check_end(&mut log, core.log(), &uuid).await?;
@@ -109,16 +109,17 @@ fn tag_blocks(record: &Record) -> BTreeSet<u32> {
     record.slots.iter().filter(|s| s.applied).map(|s| (record.base + s.slot.index) / crate::format::TAGS_PER_BLOCK).collect()
 }
 
-/// Loads tag blocks into a core that nobody else uses.
-pub(crate) async fn load_tags(device: &dyn BlockDevice, core: &mut DiskCore, blocks: BTreeSet<u32>) -> io::Result<()> {
+/// Loads tag blocks into a core that nobody else uses. One that cannot be read counts as damaged, as a whole.
+pub(crate) async fn load_tags(device: &dyn BlockDevice, core: &mut DiskCore, blocks: BTreeSet<u32>) {
     for block in blocks {
         if !core.has_tags(block) {
-            let bytes = device.read(core.geometry.tags_start + u64::from(block), 1).await?;
             let generation = core.generation();
-            core.install_tags(block, &bytes, generation);
+            match device.read(core.geometry.tags_start + u64::from(block), 1).await {
+                Ok(bytes) => core.install_tags(block, &bytes, generation),
+                Err(e) => core.install_lost_tags(block, generation, &e),
+            };
         }
     }
-    Ok(())
 }
 
 /// A log may end in records that were being written when the power failed. If one of a later batch follows, then what is

@@ -309,3 +309,26 @@ async fn groups_that_stay_uncertain_do_not_stop_the_log() {
     let core = open_core(&device, Expected::default(), 64).await.unwrap();
     assert_eq!(core.uncertain_writers(M).len(), 2, "the uncertain group is still known");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_closes_answers_all_that_it_has_accepted() {
+    let device = new_disk(12).await;
+    let (disk, _tasks) = open(&device).await;
+    device.freeze();
+    let answered = Arc::new(Mutex::new(Vec::new()));
+    let submit = |wseq: u64| {
+        let answered = Arc::clone(&answered);
+        let done = Box::new(move |outcome| answered.lock().push((wseq, outcome)));
+        disk.write(incoming(wseq, 0, false, &[(wseq as u32, wseq)]), done).is_ok()
+    };
+    assert!(submit(1));
+    let closing = {
+        let disk = Arc::clone(&disk);
+        tokio::spawn(async move { disk.close().await })
+    };
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert!(!submit(2), "accepted by a disk that is being closed");
+    device.thaw();
+    tokio::time::timeout(Duration::from_secs(60), closing).await.unwrap().unwrap();
+    assert_eq!(*answered.lock(), [(1, Outcome::Written)]);
+}

@@ -216,6 +216,77 @@ async fn a_lost_tag_block_and_a_misdirected_write_are_repaired() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn tags_that_cannot_be_read_are_repaired_and_the_disk_stays() {
+    for clean in [true, false] {
+        let mut world = World::new(27, 3, 2).await;
+        // Less than a tag block covers: the rest was never written.
+        world.at(1).submit(M, group((0..30).map(|i| write(i, u64::from(i) + 1)).collect())).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let tags = world.nodes[&1].1.disk(DiskId(1)).with(|c| c.geometry.tags_start);
+        if clean {
+            world.nodes[&1].1.shutdown().await;
+        }
+        world.crash(1, 1);
+        world.disks[&1].inject(Fault::ReadError(tags));
+        world.up(1).await;
+        let mut events = world.nodes[&1].1.events();
+        world.in_sync().await;
+        let all = world.at(1).read((0..30).map(|i| BlockNo::new(M, i)).collect()).await.unwrap();
+        assert!(all.iter().zip(1..).all(|(b, v)| value(&b.data) == v));
+        // What nobody reads is repaired, too.
+        let damaged = |got: Vec<Option<(Version, Tag, u64)>>| got.iter().filter(|g| g.is_none()).count();
+        within(60, async {
+            while damaged(world.nodes[&1].1.copy_of(DiskId(1), 0..64).await) > 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+        // If the log had to be replayed, it was noticed before anybody could listen.
+        let told =
+            drain(&mut events).iter().filter(|e| matches!(e, MirrorEvent::TagsLost { disk: DiskId(1), blocks: 64, .. })).count();
+        assert_eq!(told, usize::from(clean));
+        assert!(!world.group.config().disks[&DiskId(1)].faulted);
+        // It has been written again, and can be read.
+        home(&world).await;
+        world.nodes[&1].1.shutdown().await;
+        world.crash(1, 2);
+        world.up(1).await;
+        world.in_sync().await;
+        world.copies_agree().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_writes_in_anothers_name() {
+    let world = World::new(28, 3, 2).await;
+    let epoch = world.group.config().epoch;
+    let head = |mode, node, incarnation| WriteHead {
+        mirror: M,
+        mode,
+        writer: Writer { node: NodeId(node), incarnation: Incarnation(incarnation) },
+        wseq: 1,
+        completed_upto: 0,
+        clock: 0,
+        fresh_data: false,
+        slots: Vec::new(),
+    };
+    let client = world.nodes[&3].1.client();
+    let repair = WriteMode::Repair { bad: Version(0) };
+    for (head, right) in [
+        (head(WriteMode::Normal, 3, 1), true),
+        (head(WriteMode::Normal, 2, 1), false),
+        (head(WriteMode::Normal, 3, 2), false),
+        (head(repair, 0, 0), true),
+        (head(repair, 2, 1), false),
+        (head(WriteMode::Normal, 0, 0), false),
+    ] {
+        let request = Request::Write(head.clone());
+        let (reply, _) = client.rpc.call(NodeId(1), epoch, DiskId(1), request).await.unwrap();
+        assert_eq!(reply, if right { Reply::Written } else { Reply::Refused }, "{head:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_disk_that_fails_to_flush_is_given_up_and_the_others_go_on() {
     let world = World::new(18, 3, 2).await;
     let c = world.at(3);

@@ -572,6 +572,11 @@ async fn follow_mirror(mut news: tokio::sync::broadcast::Receiver<MirrorEvent>, 
                     format!("block {block} on disk {disk} was damaged ({what}); repaired from another copy"),
                 );
             }
+            Ok(MirrorEvent::TagsLost { disk, blocks, why }) => events.add(
+                Kind::Repair,
+                true,
+                format!("disk {disk}: the tags of {blocks} blocks cannot be read ({why}); they are repaired from other copies"),
+            ),
             Ok(MirrorEvent::Corrupt { block }) => {
                 events.add(Kind::Lost, true, format!("block {block} is damaged on every copy that can be reached"));
             }
