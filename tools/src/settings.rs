@@ -54,9 +54,9 @@ pub struct Settings {
     /// Memory for the block cache, in MiB.
     #[serde(default = "default_cache_mib")]
     pub cache_mib: u32,
-    /// How quickly silence is taken for death.
-    #[serde(default)]
-    pub timings: Timings,
+    /// Accepted for files of older versions, without effect: the times are the cluster's, fixed when it is made.
+    #[serde(default, skip_serializing)]
+    pub timings: Option<Timings>,
     /// Disks of this node.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSetting>,
@@ -141,7 +141,7 @@ mod tests {
             state_dir: "/s".into(),
             control: "/c".into(),
             cache_mib: 64,
-            timings: Timings::Quick,
+            timings: None,
             disks: vec![DiskSetting { path: "/dev/sdb".into() }],
         };
         settings.save(&path).unwrap();

@@ -59,9 +59,6 @@ pub(super) struct NodeArgs {
     /// Memory for the block cache
     #[arg(long, value_name = "MIB")]
     pub cache_mib: Option<u32>,
-    /// How quickly silence is taken for death: normal, quick, patient
-    #[arg(long, value_parser = timings, default_value = "normal", hide_short_help = true)]
-    pub timings: Timings,
     /// Start the daemon at once, in the background
     #[arg(long)]
     pub start: bool,
@@ -82,6 +79,9 @@ pub(super) struct InitArgs {
     /// Name of the cluster
     #[arg(long, default_value = "pulsar")]
     pub cluster: String,
+    /// How quickly silence is taken for death, in the whole cluster and for good: normal (3 s), quick (1 s), patient (10 s)
+    #[arg(long, value_parser = timings, default_value = "normal", hide_short_help = true)]
+    pub timings: Timings,
     #[command(flatten)]
     /// The node.
     pub node: NodeArgs,
@@ -125,7 +125,7 @@ fn settings(place: &Place, args: &NodeArgs) -> Outcome<(PathBuf, Settings)> {
         state_dir: absolute(&args.state_dir)?,
         control: absolute(args.control.as_deref().unwrap_or(Path::new(crate::settings::CONTROL_SOCKET)))?,
         cache_mib: args.cache_mib.unwrap_or(crate::settings::CACHE_MIB),
-        timings: args.timings,
+        timings: None,
         disks,
     };
     Ok((file, settings))
@@ -158,7 +158,7 @@ fn start_or_tell(place: &Place, args: &NodeArgs, file: &Path) -> Outcome<()> {
 pub(super) fn init(place: &Place, args: &InitArgs) -> Outcome<u8> {
     let (file, settings) = settings(place, &args.node)?;
     check_disks(&args.node)?;
-    let token = setup::init(&settings, &args.cluster)?;
+    let token = setup::init(&settings, &args.cluster, args.timings)?;
     prepare_disks(&args.node, &settings)?;
     settings.save(&file)?;
     say!(

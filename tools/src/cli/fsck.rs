@@ -1,5 +1,10 @@
 //! `fsck.pulsarfs`: checks the disks of a stopped cluster. Any one in-sync copy of each mirror is enough.
-//! Exit codes: 0 clean, 1 corrected, 4 left uncorrected, 8 could not work, 16 usage, 32 cancelled (or-ed).
+//!
+//! It never writes, whatever the options: what can be repaired is repaired by the running cluster, which has all copies and
+//! changes them under tokens. `-p` and `-y` are taken (boot scripts give them) and say so.
+//!
+//! Exit codes, or-ed, are those of fsck(8): 0 clean, 4 left uncorrected, 8 could not work, 16 usage, 32 cancelled; 1
+//! (corrected) and 2 (restart the system) never come.
 
 use super::Place;
 use crate::failure::{Failure, Outcome};
@@ -17,6 +22,8 @@ pub mod exit {
     pub const OPERATIONAL: u8 = 8;
     /// Wrong use.
     pub const USAGE: u8 = 16;
+    /// A signal ended it.
+    pub const CANCELLED: u8 = 32;
 }
 
 /// `fsck.pulsarfs`.
@@ -31,10 +38,10 @@ pub struct FsckArgs {
     /// Change nothing
     #[arg(short = 'n')]
     pub no: bool,
-    /// Put everything right that can be
+    /// As -n, for scripts: repairs are made by the running cluster, and what to run there is said
     #[arg(short = 'y', conflicts_with = "no")]
     pub yes: bool,
-    /// Put right what is safe, without asking
+    /// As -n, for boot scripts: what a crash leaves behind harms nobody and is no error
     #[arg(short = 'p', short_alias = 'a', conflicts_with_all = ["no", "yes"])]
     pub preen: bool,
     /// Check even if it looks clean (it always does)

@@ -6,6 +6,7 @@
 //! Excludes: what is garbage (`fs::gc`).
 
 use super::node::Node;
+use super::peers::Question;
 use crate::control::{Answer, TaskAction, TaskReport};
 use crate::events::Kind;
 use crate::failure::{Context, Failure, Outcome};
@@ -78,10 +79,38 @@ fn report(state: &State) -> TaskReport {
     }
 }
 
+/// The collectors of all nodes in one report: that of a node which runs it, if there is one. `None`: no answer.
+fn of_all(nodes: impl Iterator<Item = (String, Option<TaskReport>)>) -> TaskReport {
+    let mut lines = Vec::new();
+    let mut shown: Option<TaskReport> = None;
+    let rank = |r: &TaskReport| ["idle", "done", "stopped", "failed", "running"].iter().position(|s| *s == r.state);
+    for (name, report) in nodes {
+        let Some(report) = report else {
+            lines.push(format!("{name}: no answer"));
+            continue;
+        };
+        if report.state == "idle" {
+            lines.push(format!("{name}: no run since its daemon started"));
+        } else {
+            lines.push(format!("{name}: {}; {}", report.state, report.lines.join("; ")));
+        }
+        if shown.as_ref().is_none_or(|s| rank(s) < rank(&report)) {
+            shown = Some(report);
+        }
+    }
+    let idle = TaskReport { schema_version: SCHEMA_VERSION, task: "gc".into(), state: "idle".into(), ..TaskReport::default() };
+    TaskReport { lines, ..shown.unwrap_or(idle) }
+}
+
 impl Collector {
     /// Ends a run after its present step.
     pub fn stop(&self) {
-        self.state.send_modify(|s| s.stop = true);
+        self.state.send_if_modified(|s| s.running && !std::mem::replace(&mut s.stop, true));
+    }
+
+    /// How it is.
+    pub(super) fn report(&self) -> TaskReport {
+        report(&self.state.borrow())
     }
 
     /// Does what a command asks. A start is followed to its end, as long as the client stays; the run itself goes on.
@@ -97,10 +126,10 @@ impl Collector {
     ) -> Outcome<TaskReport> {
         let this = node.collector().clone();
         match action {
-            TaskAction::Status => return Ok(report(&this.state.borrow())),
-            TaskAction::Stop => {
-                this.stop();
-                return Ok(report(&this.state.borrow()));
+            // It may run on any node.
+            TaskAction::Status | TaskAction::Stop => {
+                let answers = node.ask_all(&Question::Gc(action)).await;
+                return Ok(of_all(answers.into_iter().map(|(name, facts)| (name, facts.and_then(|f| f.gc)))));
             }
             TaskAction::Start => {}
         }
@@ -136,9 +165,7 @@ impl Collector {
             name => name.to_string(),
         };
         let (id, fs) = node.filesystem(&name).await?;
-        let busy = || {
-            Failure::new(format!("a run of the collector is under way on {name}; see 'pulsar gc status' on the other nodes, too"))
-        };
+        let busy = || Failure::new(format!("a run of the collector is under way on {name}; see 'pulsar gc status'"));
         {
             let _one = self.starting.lock();
             if self.state.borrow().running {
@@ -214,5 +241,36 @@ impl Collector {
         this.start(node, name, false).await?;
         states.wait_for(|s| !s.running).await.context(|| "the daemon ends".into())?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ran(running: bool, failed: Option<&str>, swept: u64) -> TaskReport {
+        let report_of = GcReport { swept, ..GcReport::default() };
+        let failed = failed.map(String::from);
+        report(&State { fs: "data".into(), running, report: report_of, failed, ..State::default() })
+    }
+
+    #[test]
+    fn the_node_that_runs_it_is_shown_and_the_others_named() {
+        let idle = report(&State::default());
+        let names = || ["n1", "n2", "n3"].map(String::from).into_iter();
+        let all = of_all(names().zip([Some(idle.clone()), Some(ran(true, None, 7)), None]));
+        assert_eq!((&*all.state, all.done), ("running", 7));
+        assert_eq!((&*all.lines[0], &*all.lines[2]), ("n1: no run since its daemon started", "n3: no answer"));
+        assert!(all.lines[1].starts_with("n2: running; data: "));
+        let all = of_all(names().zip([Some(ran(false, None, 5)), Some(ran(false, Some("no"), 1)), Some(idle.clone())]));
+        assert_eq!(all.state, "failed");
+        assert_eq!(of_all(names().zip([Some(idle.clone()), None, Some(idle)])).state, "idle");
+    }
+
+    #[test]
+    fn only_what_runs_is_stopped() {
+        let collector = Collector::default();
+        collector.stop();
+        assert_eq!(collector.report().state, "idle");
     }
 }

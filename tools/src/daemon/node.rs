@@ -380,8 +380,16 @@ impl Node {
 
     /// What only this node knows; for others.
     fn answer(&self, question: &Question) -> NodeFacts {
-        if *question == Question::Scrub(TaskAction::Start) {
-            self.mirror.scrub();
+        let mut gc = None;
+        match question {
+            Question::Scrub(TaskAction::Start) => self.mirror.scrub(),
+            Question::Gc(action) => {
+                if *action == TaskAction::Stop {
+                    self.collector.stop();
+                }
+                gc = Some(self.collector.report());
+            }
+            Question::Scrub(_) | Question::Facts => {}
         }
         let status = self.mirror.status();
         let mut resync = Vec::new();
@@ -393,11 +401,14 @@ impl Node {
         }
         let scrub = ScrubFacts {
             running: status.scrub.running,
+            finished: status.scrub.finished,
+            looked: status.scrub.looked,
+            blocks: status.scrub.blocks,
             checked: status.scrub.checked,
             repaired: status.scrub.repaired,
             unrepaired: status.scrub.unrepaired,
         };
-        NodeFacts { resync, disk_errors: self.disk_errors.lock().clone(), scrub }
+        NodeFacts { resync, disk_errors: self.disk_errors.lock().clone(), scrub, gc }
     }
 
     /// Scrubs the disks of all nodes that are up, or tells how far that is.
@@ -408,34 +419,19 @@ impl Node {
         if action == TaskAction::Stop {
             return Err(Failure::new("a scrub cannot be stopped; it yields to other work and ends by itself"));
         }
-        let view = self.cluster.view().borrow().clone();
-        let nodes: Vec<NodeId> = view.config.up().into_iter().collect();
-        let question = Question::Scrub(action);
-        let answers = match self.peers.get() {
-            Some(peers) => peers.ask(&nodes, &question, NEWS_TIME_MAX).await,
+        let answers = self.ask_all(&Question::Scrub(action)).await;
+        Ok(scrub_report(answers.into_iter().map(|(name, facts)| (name, facts.map(|f| f.scrub)))))
+    }
+
+    /// Asks all nodes that are up, this one included; by their names, in order.
+    pub(super) async fn ask_all(&self, question: &Question) -> Vec<(String, Option<NodeFacts>)> {
+        let config = self.config();
+        let nodes: Vec<NodeId> = config.up().into_iter().collect();
+        let mut answers = match self.peers.get() {
+            Some(peers) => peers.ask(&nodes, question, NEWS_TIME_MAX).await,
             None => BTreeMap::new(),
         };
-        let mut report = TaskReport { schema_version: SCHEMA_VERSION, task: "scrub".into(), ..TaskReport::default() };
-        let mut running = false;
-        for node in &nodes {
-            let name = status::node_name(&view.config, *node);
-            let Some(facts) = answers.get(node) else {
-                report.lines.push(format!("{name}: no answer"));
-                continue;
-            };
-            let s = facts.scrub;
-            running |= s.running;
-            report.done += s.checked;
-            report.found += s.repaired + s.unrepaired;
-            report.repaired += s.repaired;
-            let state = if s.running { "running" } else { "not running" };
-            report.lines.push(format!(
-                "{name}: {state}; {} blocks read, {} copies repaired, {} damaged beyond repair",
-                s.checked, s.repaired, s.unrepaired
-            ));
-        }
-        report.state = if running { "running" } else { "idle" }.into();
-        Ok(report)
+        nodes.iter().map(|node| (status::node_name(&config, *node), answers.remove(node))).collect()
     }
 
     /// Checks a file system in use, without changing anything.
@@ -482,6 +478,52 @@ impl Node {
         }
         self.mirror.shutdown().await;
     }
+}
+
+/// The scrubs of all nodes in one report; `None`: no answer.
+fn scrub_report(nodes: impl Iterator<Item = (String, Option<ScrubFacts>)>) -> TaskReport {
+    let mut report = TaskReport { schema_version: SCHEMA_VERSION, task: "scrub".into(), ..TaskReport::default() };
+    let (mut running, mut finished, mut all) = (false, false, true);
+    for (name, facts) in nodes {
+        let Some(s) = facts else {
+            all = false;
+            report.lines.push(format!("{name}: no answer"));
+            continue;
+        };
+        running |= s.running;
+        finished |= s.finished;
+        all &= s.finished;
+        report.done += s.looked;
+        report.total += s.blocks;
+        report.found += s.repaired + s.unrepaired;
+        report.repaired += s.repaired;
+        let state = match s {
+            ScrubFacts { running: true, .. } => "running",
+            ScrubFacts { finished: true, .. } => "done",
+            _ => {
+                report.lines.push(format!("{name}: no scrub since its daemon started"));
+                continue;
+            }
+        };
+        report.lines.push(format!(
+            "{name}: {state}; {} of {} blocks of its copies looked through, {} of them in use and read; {} copies repaired, {} damaged beyond repair",
+            s.looked, s.blocks, s.checked, s.repaired, s.unrepaired
+        ));
+    }
+    report.state = match (running, finished) {
+        (true, _) => "running",
+        // Some have, others have not: what is known is in the lines.
+        (false, true) => {
+            if all {
+                "done"
+            } else {
+                "incomplete"
+            }
+        }
+        (false, false) => "idle",
+    }
+    .into();
+    report
 }
 
 fn disk_id(config: &Config, uuid: &[u8; 16]) -> Option<DiskId> {
@@ -618,5 +660,26 @@ async fn follow_mirror(mut news: tokio::sync::broadcast::Receiver<MirrorEvent>, 
             }
             Err(RecvError::Closed) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrub_of_all_nodes_is_told_as_it_is() {
+        let of = |running, finished, looked| {
+            Some(ScrubFacts { running, finished, looked, blocks: 100, checked: looked / 2, ..ScrubFacts::default() })
+        };
+        let report = |nodes: [Option<ScrubFacts>; 3]| scrub_report(["n1", "n2", "n3"].map(String::from).into_iter().zip(nodes));
+        let r = report([of(true, false, 40), of(false, true, 100), Some(ScrubFacts::default())]);
+        assert_eq!((&*r.state, r.done, r.total), ("running", 140, 200));
+        assert!(r.lines[0].starts_with("n1: running; 40 of 100") && r.lines[1].starts_with("n2: done; 100 of 100"));
+        assert_eq!(r.lines[2], "n3: no scrub since its daemon started");
+        assert_eq!(report([of(false, true, 100), of(false, true, 0), of(false, true, 100)]).state, "done");
+        let r = report([of(false, true, 100), None, of(false, true, 100)]);
+        assert_eq!((&*r.state, &*r.lines[1]), ("incomplete", "n2: no answer"));
+        assert_eq!(report([Some(ScrubFacts::default()); 3]).state, "idle");
     }
 }

@@ -20,6 +20,8 @@ use sld::DiskError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Mutex;
 
 /// Most issues that are printed one by one.
@@ -35,6 +37,8 @@ struct Disks {
 struct Offline<'a> {
     disks: &'a Disks,
     info: &'a FsInfo,
+    /// Damaged copies of blocks of which another copy is good.
+    repairable: AtomicU64,
 }
 
 /// Checks; returns the exit code.
@@ -42,19 +46,34 @@ struct Offline<'a> {
 /// # Errors
 /// If the check could not be done.
 pub fn check(disks: &[PathBuf], args: &FsckArgs) -> Outcome<u8> {
+    let check = check_all(disks, args);
     small_runtime()?.block_on(async {
-        let disks = open(disks).await?;
-        let mut code = exit::CLEAN;
-        let mut any = false;
-        for info in disks.config.filesystems.values().filter(|f| args.fs.as_ref().is_none_or(|name| *name == f.name)) {
-            any = true;
-            code |= check_one(&disks, info, args).await?;
-        }
-        match (&args.fs, any) {
-            (Some(name), false) => Err(failed(format!("there is no file system {name} on these disks"))),
-            _ => Ok(code),
+        let mut terminated = signal(SignalKind::terminate()).context(|| "cannot start".into())?;
+        tokio::select! {
+            biased;
+            _ = tokio::signal::ctrl_c() => Err(cancelled()),
+            _ = terminated.recv() => Err(cancelled()),
+            result = check => result,
         }
     })
+}
+
+fn cancelled() -> Failure {
+    Failure::new("cancelled; what was checked so far says nothing about the rest").code(exit::CANCELLED)
+}
+
+async fn check_all(disks: &[PathBuf], args: &FsckArgs) -> Outcome<u8> {
+    let disks = open(disks).await?;
+    let mut code = exit::CLEAN;
+    let mut any = false;
+    for info in disks.config.filesystems.values().filter(|f| args.fs.as_ref().is_none_or(|name| *name == f.name)) {
+        any = true;
+        code |= check_one(&disks, info, args).await?;
+    }
+    match (&args.fs, any) {
+        (Some(name), false) => Err(failed(format!("there is no file system {name} on these disks"))),
+        _ => Ok(code),
+    }
 }
 
 fn failed(message: impl Into<String>) -> Failure {
@@ -118,13 +137,20 @@ impl Disks {
 impl BlockSource for Offline<'_> {
     async fn read(&self, _owner: u64, block: BlockNo) -> Result<Bytes, DiskError> {
         let mut best: Option<(Version, Bytes)> = None;
+        let mut damaged = 0;
         for (reader, base) in self.disks.good(block.mirror) {
             let found = reader.lock().await.read(block.mirror, base, block.index).await;
-            if let Ok(OfflineBlock::Good { data, version, .. }) = found
-                && best.as_ref().is_none_or(|(v, _)| *v < version)
-            {
-                best = Some((version, data));
+            match found {
+                Ok(OfflineBlock::Good { data, version, .. }) => {
+                    if best.as_ref().is_none_or(|(v, _)| *v < version) {
+                        best = Some((version, data));
+                    }
+                }
+                Ok(OfflineBlock::Damaged { .. }) | Err(_) => damaged += 1,
             }
+        }
+        if best.is_some() {
+            self.repairable.fetch_add(damaged, Ordering::Relaxed);
         }
         best.map(|(_, data)| data).ok_or(DiskError::Corrupt(block))
     }
@@ -163,10 +189,16 @@ async fn check_one(disks: &Disks, info: &FsInfo, args: &FsckArgs) -> Outcome<u8>
         let nodes = missing.into_iter().collect::<Vec<_>>().join(", ");
         return Err(failed(format!("{name}: of some mirrors no current copy is on the given disks; add disks of {nodes}")));
     }
-    let source = Offline { disks, info };
+    let source = Offline { disks, info, repairable: AtomicU64::new(0) };
     let found = fs::check::check(&source, &mut |_| {}).await;
     let found = found.context(|| name.clone()).map_err(|e| e.code(exit::OPERATIONAL))?;
-    let report = report_of(name, &found);
+    let mut report = report_of(name, &found);
+    let repairable = source.repairable.into_inner();
+    if repairable > 0 {
+        report.lines.push(format!(
+            "{name}: {repairable} damaged copies of blocks that are good on another disk; 'pulsar scrub start' on the running cluster repairs them"
+        ));
+    }
     if args.json {
         crate::cli::print_json(&report)?;
     } else {
@@ -175,12 +207,17 @@ async fn check_one(disks: &Disks, info: &FsInfo, args: &FsckArgs) -> Outcome<u8>
     if found.is_sound() {
         return Ok(exit::CLEAN);
     }
-    if args.yes || args.preen {
-        eprintln!(
-            "fsck.pulsarfs: {name}: this version finds damage but cannot put it right; start the cluster and restore the named files"
-        );
-    }
+    eprintln!("fsck.pulsarfs: {}", advice(name));
     Ok(exit::UNCORRECTED)
+}
+
+/// What to do about damage. Nothing is put right here, whatever was asked for.
+fn advice(name: &str) -> String {
+    format!(
+        "{name}: nothing was changed: this only checks, with -p and -y, too. Start the cluster; then 'pulsar scrub start' repairs \
+         damaged copies from good ones, 'pulsar fsck {name}' tells what is left, and the files that it names are to be restored \
+         or removed"
+    )
 }
 
 /// What a check found, for people and as JSON.

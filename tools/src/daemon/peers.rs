@@ -5,7 +5,7 @@
 //!
 //! The encoding is JSON, as on the control socket: these messages are few, and daemons of two versions may meet.
 
-use crate::control::TaskAction;
+use crate::control::{TaskAction, TaskReport};
 use crate::status::Resync;
 use bytes::Bytes;
 use cluster::{Cluster, Message, NodeId, Peer, Receiver, Service, Transport};
@@ -27,6 +27,8 @@ pub enum Question {
     Facts,
     /// Scrub this node's disks.
     Scrub(TaskAction),
+    /// Stop this node's collector, or tell how far it is.
+    Gc(TaskAction),
 }
 
 /// What only the node itself knows.
@@ -38,6 +40,9 @@ pub struct NodeFacts {
     pub disk_errors: Vec<(String, String)>,
     /// Its scrub.
     pub scrub: ScrubFacts,
+    /// Its collector, if that was asked for.
+    #[serde(default)]
+    pub gc: Option<TaskReport>,
 }
 
 /// A scrub on one node.
@@ -45,7 +50,16 @@ pub struct NodeFacts {
 pub struct ScrubFacts {
     /// Whether it runs.
     pub running: bool,
-    /// Blocks checked.
+    /// Whether it has come to its end since the daemon started.
+    #[serde(default)]
+    pub finished: bool,
+    /// Blocks of the node's copies looked through.
+    #[serde(default)]
+    pub looked: u64,
+    /// Of so many.
+    #[serde(default)]
+    pub blocks: u64,
+    /// Of these, blocks in use: all their copies were read.
     pub checked: u64,
     /// Copies repaired.
     pub repaired: u64,

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The cluster's times, by their name in the settings.
+/// The cluster's times, by their name.
 #[must_use]
 pub fn timing(timings: Timings) -> Timing {
     match timings {
@@ -47,8 +47,8 @@ pub fn small_runtime() -> Outcome<tokio::runtime::Runtime> {
 ///
 /// # Errors
 /// If there is one already, or something cannot be written.
-pub fn init(settings: &Settings, cluster: &str) -> Outcome<String> {
-    let token = state::init(&settings.state_dir, &settings.name, &settings.listen, cluster, timing(settings.timings));
+pub fn init(settings: &Settings, cluster: &str, timings: Timings) -> Outcome<String> {
+    let token = state::init(&settings.state_dir, &settings.name, &settings.listen, cluster, timing(timings));
     Ok(token.context(|| "cannot make the cluster".into())?.print())
 }
 

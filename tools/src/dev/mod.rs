@@ -20,7 +20,7 @@ use netns::Network;
 use nix::sys::signal::Signal;
 use process::Process;
 use serde::{Deserialize, Serialize};
-use std::net::UdpSocket;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -115,6 +115,8 @@ struct Record {
 }
 
 const RECORD: &str = "dev.json";
+/// How many ports are tried that are free for UDP, but not for TCP.
+const PORT_TRIES_MAX: u32 = 100;
 
 /// A local cluster.
 struct Dev {
@@ -284,9 +286,12 @@ impl Dev {
             let disk = format!("{}:{}", self.disk(node).display(), args.disk_size.0);
             let (data, control) = (state.join("data").display().to_string(), state.join("control.sock").display().to_string());
             let cache = args.cache_mib.to_string();
-            let mut words = if node == 1 { vec!["init", "--cluster", "dev"] } else { vec!["join", &token] };
+            let mut words = match node {
+                1 => vec!["init", "--cluster", "dev", "--timings", &args.timings],
+                _ => vec!["join", &token],
+            };
             words.extend(["--name", &name, "--listen", address, "--state-dir", &data, "--control", &control]);
-            words.extend(["--disk", &disk, "--cache-mib", &cache, "--timings", &args.timings, "--start"]);
+            words.extend(["--disk", &disk, "--cache-mib", &cache, "--start"]);
             self.command(node, &words)?;
             if node == 1 {
                 token = self.command(1, &["token"])?.trim().to_string();
@@ -315,10 +320,8 @@ impl Dev {
             return Ok(self.all().map(|n| format!("{}:{}", network.address(n), crate::settings::PORT)).collect());
         }
         // All are held at once, so that they differ.
-        let what = || "cannot find a free UDP port on 127.0.0.1".to_string();
-        let sockets: Vec<UdpSocket> =
-            self.all().map(|_| UdpSocket::bind("127.0.0.1:0")).collect::<Result<_, _>>().context(what)?;
-        sockets.iter().map(|s| Ok(s.local_addr().context(what)?.to_string())).collect()
+        let ports: Vec<FreePort> = self.all().map(|_| FreePort::find()).collect::<Outcome<_>>()?;
+        Ok(ports.iter().map(|p| p.addr.to_string()).collect())
     }
 
     fn up_again(&self) -> Outcome<()> {
@@ -593,6 +596,31 @@ impl Dev {
         let _ = std::fs::remove_dir(&dev.dir);
         say!("{} is gone, with all its processes, mounts and disks", dev.dir.display());
         Ok(())
+    }
+}
+
+/// A port that is free for UDP and TCP, as a daemon needs it. Held while this lives.
+struct FreePort {
+    addr: SocketAddr,
+    _udp: UdpSocket,
+    _tcp: TcpListener,
+}
+
+impl FreePort {
+    fn find() -> Outcome<FreePort> {
+        let what = || "cannot find a port on 127.0.0.1 that is free for UDP and TCP".to_string();
+        // A port that is free for one may be taken for the other: then another one is tried.
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let udp = UdpSocket::bind("127.0.0.1:0").context(what)?;
+            let addr = udp.local_addr().context(what)?;
+            match TcpListener::bind(addr) {
+                Ok(tcp) => return Ok(FreePort { addr, _udp: udp, _tcp: tcp }),
+                Err(_) if tries < PORT_TRIES_MAX => {}
+                Err(e) => return Err(e).context(what),
+            }
+        }
     }
 }
 
