@@ -238,6 +238,14 @@ pub enum Command {
         /// The epoch in which the resync finished.
         epoch: Epoch,
     },
+    /// A disk that has no copies yet takes the place of a failed one of the same node: its copies move there, to be brought
+    /// up to date in full; a new epoch. The failed disk stays known, so that it is never taken for a new one.
+    DiskReplace {
+        /// The failed disk.
+        old: DiskId,
+        /// The new one.
+        new: DiskId,
+    },
 }
 
 /// What applying a command answered.
@@ -328,6 +336,7 @@ impl Config {
                 Ok(Applied::Ok)
             }
             Command::MembersSynced { copies, epoch } => self.members_synced(copies, *epoch),
+            Command::DiskReplace { old, new } => self.disk_replace(*old, *new),
         }
     }
 
@@ -484,6 +493,48 @@ impl Config {
         Ok(Applied::Disk(id))
     }
 
+    fn disk_replace(&mut self, old: DiskId, new: DiskId) -> Result<Applied, Applied> {
+        let disk = |id: DiskId| self.disks.get(&id).ok_or_else(|| refuse(format!("there is no disk {id}")));
+        let (from, to) = (disk(old)?, disk(new)?);
+        if !from.faulted {
+            return Err(refuse(format!("{old} works; only a failed disk is replaced")));
+        }
+        if to.faulted || to.node != from.node {
+            return Err(refuse(format!("{new} cannot take the place of {old}: it must be a working disk of {}", from.node)));
+        }
+        let on = |id: DiskId| {
+            self.mirrors
+                .iter()
+                .flat_map(move |(m, info)| info.members.iter().filter(move |c| c.disk == id).map(move |c| (m, info, c)))
+        };
+        if on(old).next().is_none() {
+            // It was replaced already, and the answer got lost; or there was never anything on it.
+            return Ok(Applied::Ok);
+        }
+        if on(new).next().is_some() {
+            return Err(refuse(format!("{new} has copies already; the disk that replaces another must be empty")));
+        }
+        let need = on(old).map(|(_, info, copy)| u64::from(copy.base) + u64::from(info.blocks)).max().unwrap_or(0);
+        if need > u64::from(to.blocks) {
+            return Err(refuse(format!(
+                "{new} is too small: it can give {} MiB, {} MiB are needed",
+                to.blocks / 256,
+                need.div_ceil(256)
+            )));
+        }
+        if let Some((mirror, ..)) = on(old).find(|(.., copy)| copy.state == MemberState::InSync) {
+            return Err(refuse(format!("{old} has the only current copy of {mirror}: without it that data would be lost")));
+        }
+        let since = Epoch(0);
+        let up = self.nodes.get(&to.node).is_some_and(|n| n.up);
+        let state = if up { MemberState::Syncing { since } } else { MemberState::Stale { since } };
+        for member in self.mirrors.values_mut().flat_map(|m| &mut m.members).filter(|m| m.disk == old) {
+            (member.disk, member.state) = (new, state);
+        }
+        self.epoch = self.epoch.next();
+        Ok(Applied::Ok)
+    }
+
     fn fs_create(&mut self, name: &str, uuid: [u8; 16], copies: u8, blocks: Option<u64>) -> Result<Applied, Applied> {
         check_name("file system", name)?;
         if let Some((id, _)) = self.fs_named(name) {
@@ -517,7 +568,7 @@ impl Config {
             let began = self.node_of(*disk).and_then(|n| self.nodes.get(&n)).map_or(Epoch(0), |n| n.changed);
             let Some(info) = self.mirrors.get_mut(mirror) else { continue };
             for member in info.members.iter_mut().filter(|m| m.disk == *disk) {
-                // A copy becomes Syncing when its node comes up, and in no other way.
+                // A copy becomes Syncing when its node comes up, or as the first one on a new disk: of that no report is older.
                 if matches!(member.state, MemberState::Syncing { .. }) && epoch >= began && epoch <= self.epoch {
                     member.state = MemberState::InSync;
                     changed = true;

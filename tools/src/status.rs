@@ -542,12 +542,14 @@ fn problems(view: &View, facts: &Facts, lost: &[MirrorId], out: &mut Vec<Problem
             ),
         );
     }
-    for (id, disk) in config.disks.iter().filter(|(_, d)| d.faulted) {
+    // One that was replaced is not missed.
+    let missed = |id: &cluster::DiskId| config.mirrors.values().any(|m| m.members.iter().any(|c| c.disk == *id));
+    for (id, disk) in config.disks.iter().filter(|(id, d)| d.faulted && missed(id)) {
         add(
             "disk_faulted",
             Level::Warning,
             format!("disk {id} in node {} failed; nothing is read from it or written to it", node_name(config, disk.node)),
-            "replace it, and add the new one with 'pulsar disk add PATH' on that node".into(),
+            format!("put a new disk in and run 'pulsar disk replace {id} PATH' on that node"),
         );
     }
     for (node, path, why) in &facts.disk_errors {

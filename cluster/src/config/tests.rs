@@ -248,6 +248,55 @@ fn a_faulted_disk_leaves_and_stays_out() {
 }
 
 #[test]
+fn a_new_disk_takes_a_failed_ones_place() {
+    let mut config = cluster(3, 8);
+    create(&mut config, "fs", 2, None);
+    let add = |config: &mut Config, node: u32, uuid: u8, regions: u32| {
+        let command = Command::DiskAdd { node: NodeId(node), uuid: [uuid; 16], blocks: regions * REGION + 17 };
+        let Applied::Disk(id) = config.apply(&command) else { panic!("{command:?}") };
+        id
+    };
+    let old = DiskId(3);
+    let copies = |config: &Config, disk| -> Vec<(MirrorId, u32, MemberState)> {
+        let all = config.mirrors.iter().flat_map(|(id, m)| m.members.iter().map(|m| (*id, m)));
+        all.filter(|(_, m)| m.disk == disk).map(|(id, m)| (id, m.base, m.state)).collect()
+    };
+    let replace = |new| Command::DiskReplace { old: DiskId(3), new };
+    let (small, right, elsewhere) = (add(&mut config, 3, 91, 1), add(&mut config, 3, 92, 8), add(&mut config, 1, 93, 8));
+    refused(&mut config, replace(right));
+    ok(&mut config, Command::DiskFault { disk: old });
+    for wrong in [small, elsewhere, DiskId(1), DiskId(99), old] {
+        refused(&mut config, replace(wrong));
+    }
+    let (epoch, before) = (config.epoch, copies(&config, old));
+    assert!(!before.is_empty());
+    ok(&mut config, replace(right));
+    assert_eq!(config.epoch, epoch.next());
+    let after = copies(&config, right);
+    let moved: Vec<_> = before.iter().map(|(id, base, _)| (*id, *base, Syncing { since: Epoch(0) })).collect();
+    assert_eq!((after, copies(&config, old)), (moved.clone(), Vec::new()));
+    ok(&mut config, replace(right));
+    assert_eq!(config.epoch, epoch.next(), "done already");
+    let synced = moved.iter().map(|(id, ..)| (*id, right)).collect();
+    ok(&mut config, Command::MembersSynced { copies: synced, epoch: epoch.next() });
+    assert!(copies(&config, right).iter().all(|(.., state)| *state == InSync));
+    assert!(config.disks[&old].faulted, "it is still known for what it is");
+}
+
+#[test]
+fn the_only_current_copy_is_not_given_up_for_an_empty_disk() {
+    let mut config = cluster(2, 8);
+    create(&mut config, "fs", 2, None);
+    down(&mut config, &[(2, 1)]);
+    ok(&mut config, Command::DiskFault { disk: DiskId(1) });
+    assert_eq!(states(&config, 1)[0], (1, InSync));
+    let added = config.apply(&Command::DiskAdd { node: NodeId(1), uuid: [9; 16], blocks: 9 * REGION });
+    assert_eq!(added, Applied::Disk(DiskId(3)));
+    let why = refused(&mut config, Command::DiskReplace { old: DiskId(1), new: DiskId(3) });
+    assert!(why.contains("only current copy"), "{why}");
+}
+
+#[test]
 fn tokens_are_bounded() {
     let mut config = cluster(1, 0);
     for i in 0..100u8 {
@@ -287,6 +336,7 @@ fn random(rng: &mut Prng, config: &Config) -> Command {
         8 if rng.one_in(3) => Command::SetVoter { node, voter: rng.one_in(2) },
         9 => Command::DiskAdd { node, uuid: [rng.below(9) as u8; 16], blocks: rng.below(40) as u32 * REGION },
         10 if rng.one_in(30) => Command::DiskFault { disk },
+        10 if rng.one_in(3) => Command::DiskReplace { old: disk, new: DiskId(rng.below(9) as u32) },
         11 if rng.one_in(2) => {
             let blocks = rng.one_in(2).then(|| rng.below(20) * u64::from(REGION));
             Command::FsCreate { name: format!("f{}", rng.below(4)), uuid: [1; 16], copies: rng.below(4) as u8, blocks }

@@ -377,6 +377,40 @@ async fn a_mirror_made_later_and_a_disk_added_later_work() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_new_disk_takes_a_failed_ones_place_and_gets_everything() {
+    let mut world = World::new(29, 3, 2).await;
+    let a = world.at(1);
+    for i in 0..50 {
+        a.submit(M, group(vec![write(i * 7, 100 + u64::from(i))])).await.unwrap();
+    }
+    a.submit(M, group(vec![free(0)])).await.unwrap();
+    world.disks[&1].inject(Fault::FlushError);
+    within(60, a.submit(M, group(vec![write(7, 5)]))).await.unwrap();
+    assert!(world.group.config().disks[&DiskId(1)].faulted);
+    let spare = SimDisk::new(DISK, 97);
+    format_disk(&spare, [7; 16], [4; 16]).await.unwrap();
+    world.group.change(|config| {
+        let disk = cluster::config::DiskInfo { node: NodeId(1), uuid: [4; 16], blocks: 3 * BLOCKS, faulted: false };
+        config.disks.insert(DiskId(4), disk);
+    });
+    world.nodes[&1].1.add_disk(DiskId(4), Arc::new(spare.clone())).await.unwrap();
+    world.group.apply(&cluster::Command::DiskReplace { old: DiskId(1), new: DiskId(4) });
+    // Programs go on meanwhile.
+    within(60, a.submit(M, group(vec![write(14, 6)]))).await.unwrap();
+    world.in_sync().await;
+    let copy = world.nodes[&1].1.copy_of(DiskId(4), 0..2 * BLOCKS).await;
+    assert!(copy.iter().all(Option::is_some));
+    // The other copy goes: what is read now is from the new disk.
+    world.crash(2, 1);
+    world.group.down(NodeId(2));
+    let c = world.at(3);
+    assert_eq!((read(&c, 0).await, read(&c, 7).await, read(&c, 14).await), (0, 5, 6));
+    for i in 3..50 {
+        assert_eq!(read(&c, i * 7).await, 100 + u64::from(i));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_small_write_is_one_append_and_one_flush_per_copy() {
     let world = World::new(22, 3, 2).await;
     let a = world.at(1);

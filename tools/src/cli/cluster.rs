@@ -218,6 +218,25 @@ pub(super) fn disk_add(place: &Place, path: &Path, size: Option<Size>) -> Outcom
     Ok(0)
 }
 
+pub(super) fn disk_replace(place: &Place, old: u32, path: &Path, size: Option<Size>) -> Outcome<u8> {
+    let path = std::path::absolute(path).context(|| format!("bad path {}", path.display()))?;
+    let client = place.client()?;
+    client.call(Request::Ping, QUICK)?;
+    match client.call(Request::DiskReplace { old, path, size_bytes: size.map(|s| s.0) }, CHANGE)? {
+        Answer::Done { text } => say!("{text}"),
+        other => return Err(unexpected(&other)),
+    }
+    Ok(0)
+}
+
+/// A disk's number, with or without the d before it.
+pub(super) fn disk_number(text: &str) -> Result<u32, String> {
+    text.strip_prefix('d')
+        .unwrap_or(text)
+        .parse()
+        .map_err(|_| format!("{text} is no disk; 'pulsar disk list' shows them as d1, d2"))
+}
+
 /// An answer that does not fit the question: another version of the daemon.
 pub(super) fn unexpected(answer: &Answer) -> Failure {
     Failure::new(format!("pulsard gave an answer that does not fit ({answer:?}); is it of the same version?"))
@@ -226,6 +245,12 @@ pub(super) fn unexpected(answer: &Answer) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_by_their_numbers() {
+        assert_eq!((disk_number("d2"), disk_number("17")), (Ok(2), Ok(17)));
+        assert!(disk_number("dd").is_err() && disk_number("/dev/sdb").is_err());
+    }
 
     #[test]
     fn disks_on_the_command_line() {

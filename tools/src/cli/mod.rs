@@ -140,6 +140,17 @@ enum DiskCommand {
         #[arg(long)]
         size: Option<Size>,
     },
+    /// Put a disk in the place of a failed one of this node; it gets all copies that were there. What is on it is overwritten
+    Replace {
+        /// The failed disk, as 'pulsar disk list' shows it (d2)
+        #[arg(value_parser = cluster::disk_number)]
+        old: u32,
+        /// The device or file
+        path: PathBuf,
+        /// Make a sparse file of this size
+        #[arg(long)]
+        size: Option<Size>,
+    },
     /// List the disks
     List {
         /// As JSON
@@ -257,6 +268,7 @@ fn pulsar(cli: Cli) -> Outcome<u8> {
         Command::Events(args) => events::run(place, &args),
         Command::Node(NodeCommand::List { json }) => status::nodes(place, json),
         Command::Disk(DiskCommand::Add { path, size }) => cluster::disk_add(place, &path, size),
+        Command::Disk(DiskCommand::Replace { old, path, size }) => cluster::disk_replace(place, old, &path, size),
         Command::Disk(DiskCommand::List { json }) => status::disks(place, json),
         Command::Fs(FsCommand::List { json }) => status::filesystems(place, json),
         Command::Mkfs(args) => mkfs::run(place, &args),

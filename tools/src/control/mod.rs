@@ -41,6 +41,15 @@ pub enum Request {
         /// Size of a file to be made; `None` for a device or a file that is there.
         size_bytes: Option<u64>,
     },
+    /// Put a disk in a failed one's place; it is prepared first, unless it is a disk of this node already.
+    DiskReplace {
+        /// The failed disk.
+        old: u32,
+        /// The device or file.
+        path: PathBuf,
+        /// Size of a file to be made; `None` for a device or a file that is there.
+        size_bytes: Option<u64>,
+    },
     /// Make a file system.
     Mkfs {
         /// Its name.

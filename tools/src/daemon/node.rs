@@ -230,6 +230,36 @@ impl Node {
         Ok(id)
     }
 
+    /// Whether a disk is one that can be replaced from here.
+    ///
+    /// # Errors
+    /// It is another node's, or works.
+    pub(super) fn check_replaceable(&self, old: DiskId) -> Outcome<()> {
+        let config = self.config();
+        let disk =
+            config.disks.get(&old).ok_or_else(|| Failure::new(format!("there is no disk {old}; see 'pulsar disk list'")))?;
+        if disk.node != self.cluster.local() {
+            let name = status::node_name(&config, disk.node);
+            return Err(Failure::new(format!("{old} is a disk of node {name}: replace it there")));
+        }
+        if !disk.faulted {
+            return Err(Failure::new(format!("{old} works; only a failed disk is replaced")));
+        }
+        Ok(())
+    }
+
+    /// Puts a disk that is served, and empty, in a failed one's place.
+    ///
+    /// # Errors
+    /// If the cluster refuses.
+    pub(super) async fn replace_disk(&self, old: DiskId, uuid: &[u8; 16]) -> Outcome<()> {
+        let new = disk_id(&self.config(), uuid)
+            .ok_or_else(|| Failure::new("the new disk is not known to the cluster yet; try again"))?;
+        propose(&*self.cluster, Command::DiskReplace { old, new }).await?;
+        self.events.add(Kind::DiskAdded, false, format!("disk {new} takes the place of the failed disk {old}"));
+        Ok(())
+    }
+
     /// Makes a file system; one whose mkfs was interrupted is made again.
     ///
     /// # Errors

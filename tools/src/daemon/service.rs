@@ -8,7 +8,7 @@ use crate::control::server::Handler;
 use crate::control::{Answer, Request};
 use crate::failure::{Failure, Outcome};
 use crate::settings::{DiskSetting, Settings};
-use cluster::BoxFuture;
+use cluster::{BoxFuture, DiskId};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,6 +57,10 @@ impl Service {
                 let this = self.clone();
                 in_full(async move { this.disk_add(&path, size_bytes).await }).await
             }
+            Request::DiskReplace { old, path, size_bytes } => {
+                let this = self.clone();
+                in_full(async move { this.disk_replace(DiskId(old), &path, size_bytes).await }).await
+            }
             Request::Mkfs { name, copies, size_bytes } => {
                 let node = self.node.clone();
                 in_full(async move { node.mkfs(&name, copies, size_bytes).await }).await.map(Answer::done)
@@ -98,6 +102,22 @@ impl Service {
                 return;
             }
         }
+    }
+
+    async fn disk_replace(&self, old: DiskId, path: &Path, size: Option<u64>) -> Outcome<Answer> {
+        self.node.check_replaceable(old)?;
+        let cluster = self.node.cluster().view().borrow().config.cluster;
+        if !Settings::load(&self.config)?.disks.iter().any(|d| d.path == path) {
+            self.disk_add(path, size).await?;
+        }
+        let device = setup::open_labelled(path, cluster).await?;
+        self.node.replace_disk(old, &device.uuid).await?;
+        Ok(Answer::done(format!(
+            "{} takes the place of {old} and gets all its copies; 'pulsar status' tells how far that is. \
+             Take the failed disk out of {} when it is gone",
+            path.display(),
+            self.config.display()
+        )))
     }
 
     async fn disk_add(&self, path: &Path, size: Option<u64>) -> Outcome<Answer> {
