@@ -12,7 +12,7 @@
 //!
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
-use super::forfeit::{self, Forfeits};
+use super::handles::{self, Handles};
 use super::known::{Known, Moment, Told};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
@@ -57,8 +57,8 @@ pub(crate) struct Front<D: Disk> {
     pub(crate) lifetime: Lifetime,
     pub(crate) company: Company,
     pub(crate) identity: Identity,
-    /// Files whose locks this node has lost.
-    pub(crate) forfeits: Arc<Forfeits>,
+    /// Open files, and what became of their locks.
+    pub(crate) handles: Arc<Handles>,
     /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
     pub(crate) locks: Option<Arc<Locks>>,
     /// Which node this is, for whose processes a lock's holder has a number.
@@ -263,7 +263,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         if ino != INodeNo::ROOT {
             self.0.known.forget(ino.0, lookups);
             if !self.0.known.contains(ino.0) {
-                self.0.forfeits.forget(ino.0);
+                self.0.handles.forget(ino.0);
             }
         }
     }
@@ -276,7 +276,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 Err(error) => return reply.error(errno(&error)),
             };
             // Asked on behalf of a read(), too.
-            if handle.is_some_and(|handle| front.forfeits.concerns(ino.0, handle)) {
+            if handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle)) {
                 return reply.error(Errno::EIO);
             }
             let told = Front::<D>::told(&attributes);
@@ -415,7 +415,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             match result.await {
                 Ok(attributes) => {
-                    reply.opened(front.forfeits.handle(direct), front.open_flags(&attributes, direct));
+                    reply.opened(front.handles.open(direct), front.open_flags(&attributes, direct));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -441,7 +441,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
                         Generation(generation),
-                        front.forfeits.handle(direct),
+                        front.handles.open(direct),
                         front.open_flags(&attributes, direct),
                     );
                 }
@@ -465,10 +465,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         reply: ReplyData,
     ) {
         // A direct handle fills pages, too, if it is mapped; such requests are for whole pages.
-        let fills_pages = !forfeit::is_direct(handle) || (offset | u64::from(size)).is_multiple_of(4096);
+        let fills_pages = !handles::is_direct(handle) || (offset | u64::from(size)).is_multiple_of(4096);
         operation!(self, request, |front, start, caller| {
             match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
-                Ok(_) if front.forfeits.concerns(ino.0, handle) => reply.error(Errno::EIO),
+                Ok(_) if front.handles.has_lost_locks(ino.0, handle) => reply.error(Errno::EIO),
                 Ok(data) => {
                     if fills_pages {
                         front.known.tell_pages(ino.0, caller.pid, data.version());
@@ -510,7 +510,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let node = front.identity.ino(ino);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
-                front.fs.write_if(node, at, payload, kill, &|| !front.forfeits.concerns(ino.0, handle)).await?;
+                front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
                 if synchronous { front.fs.fsync(node, data_only).await } else { Ok(()) }
             };
             match result.await {
@@ -520,8 +520,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn flush(&self, request: &Request, ino: INodeNo, _handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, request: &Request, ino: INodeNo, handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
         operation!(self, request, to_the_end, |front, start, caller| {
+            front.handles.flushed(handle, owner);
             front.close_locks(ino, owner).await;
             empty(front.report_loss(front.identity.ino(ino)), reply);
         });
@@ -531,14 +532,14 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         _flags: OpenFlags,
         owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
         operation!(self, request, to_the_end, |front, start, caller| {
-            if let Some(owner) = owner {
+            for owner in front.handles.released(handle).chain(owner) {
                 front.close_locks(ino, owner).await;
             }
             empty(front.fs.close(front.identity.ino(ino)).await, reply);
@@ -546,7 +547,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     }
 
     fn fsync(&self, request: &Request, ino: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        if self.0.forfeits.concerns(ino.0, handle) {
+        if self.0.handles.has_lost_locks(ino.0, handle) {
             return reply.error(Errno::EIO);
         }
         operation!(self, request, |front, start, caller| {
@@ -584,12 +585,12 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         sleep: bool,
         reply: ReplyEmpty,
     ) {
-        if typ != nix::libc::F_UNLCK && self.0.forfeits.concerns(ino.0, handle) {
+        if typ != nix::libc::F_UNLCK && self.0.handles.has_lost_locks(ino.0, handle) {
             return reply.error(Errno::EIO);
         }
         let (first, last) = (start, end);
         operation!(self, request, |front, start, caller| {
-            front.set_lock(caller.pid, ino, owner, first, last, typ, pid, sleep, reply).await;
+            front.set_lock(caller.pid, ino, handle, owner, first, last, typ, pid, sleep, reply).await;
         });
     }
 
@@ -775,7 +776,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        if self.0.forfeits.concerns(ino.0, handle) {
+        if self.0.handles.has_lost_locks(ino.0, handle) {
             return reply.error(Errno::EIO);
         }
         operation!(self, request, |front, start, caller| {
@@ -785,7 +786,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     }
 
     fn lseek(&self, request: &Request, ino: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        if self.0.forfeits.concerns(ino.0, handle) {
+        if self.0.handles.has_lost_locks(ino.0, handle) {
             return reply.error(Errno::EIO);
         }
         operation!(self, request, |front, start, caller| {
@@ -815,7 +816,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _flags: fuser::CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        if self.0.forfeits.concerns(from.0, from_handle) || self.0.forfeits.concerns(to.0, to_handle) {
+        if self.0.handles.has_lost_locks(from.0, from_handle) || self.0.handles.has_lost_locks(to.0, to_handle) {
             return reply.error(Errno::EIO);
         }
         operation!(self, request, |front, start, caller| {

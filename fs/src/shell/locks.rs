@@ -6,7 +6,7 @@
 
 use super::fuse::Front;
 use super::signal;
-use fuser::{Errno, INodeNo, LockOwner, ReplyEmpty, ReplyLock};
+use fuser::{Errno, FileHandle, INodeNo, LockOwner, ReplyEmpty, ReplyLock};
 use nix::libc::{F_RDLCK, F_UNLCK, F_WRLCK};
 use sld::locks::{LockAnswer, LockKind, LockRange};
 use sld::{Disk, Locks, ObjectId};
@@ -61,6 +61,7 @@ impl<D: Disk> Front<D> {
         &self,
         thread: u32,
         node: INodeNo,
+        handle: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -81,7 +82,10 @@ impl<D: Disk> Front<D> {
             };
         };
         match locks.lock(object, owner.0, range, kind, pid, wait, signal::interrupted(thread)).await {
-            Ok(LockAnswer::Done) => reply.ok(),
+            Ok(LockAnswer::Done) => {
+                self.handles.locked(handle, owner);
+                reply.ok();
+            }
             Ok(LockAnswer::Cancelled) => reply.error(Errno::EINTR),
             Ok(LockAnswer::Deadlock) => reply.error(Errno::EDEADLK),
             Ok(_) => reply.error(Errno::EAGAIN),

@@ -1,7 +1,7 @@
 //! The shell: what touches the operating system. A mount is served here; what its requests mean is in `ops`.
 
-mod forfeit;
 mod fuse;
+mod handles;
 mod known;
 mod locks;
 mod mount;

@@ -6,8 +6,8 @@
 //! - Mounts of one file system on one node change things under each other's feet without any token moving. So while there is
 //!   more than one, the kernel is let believe nothing. (A bind mount of the first is better: the kernel then has one view.)
 
-use super::forfeit::Forfeits;
 use super::fuse::{Front, Fuse, Lifetime};
+use super::handles::Handles;
 use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
@@ -92,13 +92,13 @@ impl<D: Disk> Server<D> {
         let company = Company::join(&self.mounts.live);
         // Before anything of this mount can change something.
         self.mounts.each(|peer| peer.distrust());
-        let forfeits = Arc::new(Forfeits::default());
+        let handles = Arc::new(Handles::default());
         if let Some((locks, _)) = &options.locks {
             *self.mounts.locks.lock() = Arc::downgrade(locks);
-            let forfeits = Arc::downgrade(&forfeits);
+            let handles = Arc::downgrade(&handles);
             locks.on_lost(Box::new(move |objects| {
-                let Some(forfeits) = forfeits.upgrade() else { return false };
-                forfeits.lose(objects.iter().filter_map(|object| match object {
+                let Some(handles) = handles.upgrade() else { return false };
+                handles.lose_locks(objects.iter().filter_map(|object| match object {
                     ObjectId::Inode(ino) => Some(identity.node(crate::Ino(*ino))),
                     _ => None,
                 }));
@@ -106,7 +106,7 @@ impl<D: Disk> Server<D> {
             }));
         }
         let front = Arc::new(Front {
-            forfeits,
+            handles,
             fs: self.fs.clone(),
             company,
             known: known.clone(),

@@ -1,0 +1,121 @@
+//! What must be known of open files by their handles: which of them have lost locks, and through which locks were taken.
+//!
+//! **Lost locks.** When this node was cut off it has lost its locks. A process that goes on writing under a lock which another
+//! node may hold by now would damage what the lock protects. The kernel does not say under which lock a request is made, so
+//! every handle of such a file that was open answers `EIO` until it is closed.
+//!
+//! **Locks of an open file** (`F_OFD_SETLK`) end with it, but the kernel does not say so: a RELEASE names an owner only for
+//! flock. It always says (FLUSH) that a process closes a file, which ends this process's record locks. So the owners that took
+//! locks through a handle and were not named by a FLUSH are given up when the handle is released.
+//!
+//! Invariants:
+//! - A handle opened after a loss is as good as any.
+//! - No two open files of a mount have one handle.
+//!
+//! Excludes: the locks themselves (`sld::Locks`).
+
+use fuser::{FileHandle, LockOwner};
+use parking_lot::Mutex;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bit of a handle: it bypasses the page cache. The other bits number the handles of a mount.
+const DIRECT: u64 = 1;
+
+/// Whether a handle bypasses the page cache.
+pub(crate) fn is_direct(handle: FileHandle) -> bool {
+    handle.0 & DIRECT != 0
+}
+
+/// The open files of one mount, as far as they are out of the ordinary.
+#[derive(Debug, Default)]
+pub(crate) struct Handles {
+    opened: AtomicU64,
+    /// The last handle that was opened before the newest loss.
+    newest: AtomicU64,
+    /// By the kernel's inode number: the last handle opened before its locks were lost. Only of inodes that the kernel has.
+    losses: Mutex<HashMap<u64, u64>>,
+    /// Owners of locks taken through a handle.
+    owners: Mutex<HashMap<u64, BTreeSet<u64>>>,
+}
+
+impl Handles {
+    /// A handle for a file that is opened now.
+    pub(crate) fn open(&self, direct: bool) -> FileHandle {
+        FileHandle((self.opened.fetch_add(1, Ordering::SeqCst) + 1) << 1 | u64::from(direct))
+    }
+
+    /// The locks on these inodes are gone.
+    pub(crate) fn lose_locks(&self, inodes: impl Iterator<Item = u64>) {
+        let mut losses = self.losses.lock();
+        let last = self.opened.load(Ordering::SeqCst);
+        losses.extend(inodes.map(|ino| (ino, last)));
+        self.newest.store(last, Ordering::SeqCst);
+    }
+
+    /// Whether a handle was open when locks on its file were lost.
+    pub(crate) fn has_lost_locks(&self, ino: u64, handle: FileHandle) -> bool {
+        let number = handle.0 >> 1;
+        // Without a loss since, as almost always, there is nothing to look up.
+        number <= self.newest.load(Ordering::SeqCst) && self.losses.lock().get(&ino).is_some_and(|last| number <= *last)
+    }
+
+    /// The kernel has forgotten an inode, so that no handle of it is open.
+    pub(crate) fn forget(&self, ino: u64) {
+        if self.newest.load(Ordering::SeqCst) > 0 {
+            self.losses.lock().remove(&ino);
+        }
+    }
+
+    /// A lock was taken through a handle.
+    pub(crate) fn locked(&self, handle: FileHandle, owner: LockOwner) {
+        self.owners.lock().entry(handle.0).or_default().insert(owner.0);
+    }
+
+    /// A process closed a descriptor of the handle: its locks on the file are gone.
+    pub(crate) fn flushed(&self, handle: FileHandle, owner: LockOwner) {
+        if let Some(owners) = self.owners.lock().get_mut(&handle.0) {
+            owners.remove(&owner.0);
+        }
+    }
+
+    /// The handle is released. Returns the owners whose locks end with it.
+    pub(crate) fn released(&self, handle: FileHandle) -> impl Iterator<Item = LockOwner> + use<> {
+        self.owners.lock().remove(&handle.0).unwrap_or_default().into_iter().map(LockOwner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_opened_before_a_loss_are_concerned_and_later_ones_are_not() {
+        let handles = Handles::default();
+        let (before, other) = (handles.open(true), handles.open(false));
+        assert!(is_direct(before) && !is_direct(other));
+        assert!(!handles.has_lost_locks(7, before));
+        handles.lose_locks([7].into_iter());
+        let after = handles.open(true);
+        assert!(handles.has_lost_locks(7, before) && handles.has_lost_locks(7, other));
+        assert!(!handles.has_lost_locks(8, before) && !handles.has_lost_locks(7, after));
+        handles.lose_locks([7, 8].into_iter());
+        assert!(handles.has_lost_locks(7, after));
+        handles.forget(7);
+        assert!(!handles.has_lost_locks(7, before));
+    }
+
+    #[test]
+    fn owners_that_no_flush_named_end_with_the_handle() {
+        let handles = Handles::default();
+        let (one, two) = (handles.open(true), handles.open(true));
+        for (handle, owner) in [(one, 10), (one, 20), (two, 10), (two, 30)] {
+            handles.locked(handle, LockOwner(owner));
+        }
+        handles.flushed(one, LockOwner(10));
+        let gone = |handle| handles.released(handle).map(|owner| owner.0).collect::<Vec<_>>();
+        assert_eq!(gone(one), [20], "10 has closed it, and may have locked through another handle since");
+        assert_eq!(gone(one), []);
+        assert_eq!(gone(two), [10, 30]);
+    }
+}
