@@ -52,6 +52,7 @@ pub mod sim;
 pub mod store;
 pub mod time;
 pub mod transport;
+pub mod watch;
 
 pub use config::{Command, Config};
 pub use ids::{BLOCK_SIZE, BlockNo, DiskId, Epoch, FsId, Incarnation, MirrorId, NodeId};

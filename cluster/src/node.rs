@@ -6,9 +6,9 @@ use crate::config::{Applied, Command, Config};
 use crate::ids::{Epoch, NodeId};
 use crate::time::Instant;
 use crate::transport::Transport;
+use crate::watch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use tokio::sync::watch;
 
 /// The layers, in the order in which they recover at the start of an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

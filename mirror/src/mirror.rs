@@ -338,7 +338,7 @@ impl Drop for Mirror {
 
 /// Runs something unless a newer epoch begins; `None` then.
 async fn until_newer<T>(
-    views: &mut tokio::sync::watch::Receiver<Arc<View>>,
+    views: &mut cluster::watch::Receiver<Arc<View>>,
     epoch: cluster::Epoch,
     work: impl Future<Output = T>,
 ) -> Option<T> {

@@ -6,14 +6,13 @@
 use crate::api::BlockDevice;
 use bytes::{Bytes, BytesMut};
 use cluster::sim::Rng;
-use cluster::{BLOCK_SIZE, BoxFuture};
+use cluster::{BLOCK_SIZE, BoxFuture, watch};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// How the disk behaves.
 #[derive(Clone, Debug)]
@@ -121,7 +120,7 @@ impl SimDisk {
             counts: DiskCounts::default(),
             life: 0,
         };
-        SimDisk { shared: Arc::new(Shared { state: Mutex::new(state), frozen: watch::channel(false).0, blocks }) }
+        SimDisk { shared: Arc::new(Shared { state: Mutex::new(state), frozen: watch::Sender::new(false), blocks }) }
     }
 
     /// Power loss: of the writes that were not flushed any subset survives, block by block (so a write of several blocks
@@ -372,6 +371,11 @@ impl BlockDevice for SimDisk {
                 state.counts.writes += 1;
                 state.counts.bytes_written += length as u64;
                 let fault = state.take_fault(|f| matches!(f, Fault::WriteError | Fault::LostWrite | Fault::MisdirectedWrite(_)));
+                let loses = match state.loses_one_in {
+                    0 => false,
+                    one_in => state.rng.below(one_in) == 0,
+                };
+                let fault = if loses { Some(Fault::LostWrite) } else { fault };
                 let blocks = parts
                     .iter()
                     .flat_map(|part| (0..part.len() / BLOCK_SIZE).map(|i| part.slice(i * BLOCK_SIZE..(i + 1) * BLOCK_SIZE)));
@@ -477,6 +481,13 @@ mod tests {
         assert_eq!(disk.peek(5), block(0));
         disk.flip_bit(7, 9);
         assert_eq!(disk.peek(7)[1], 2);
+        disk.inject(Fault::LosesWrites(3));
+        for at in 20..50 {
+            disk.write(at, vec![block(1)]).await.unwrap();
+        }
+        let lost = (20..50).filter(|at| disk.peek(*at) == block(0)).count();
+        assert!((1..25).contains(&lost), "lost {lost} of 30");
+        disk.clear_faults();
         disk.inject(Fault::LyingFlush);
         disk.write(9, vec![block(9)]).await.unwrap();
         disk.flush().await.unwrap();

@@ -5,13 +5,12 @@ mod world;
 use cluster::config::Command;
 use cluster::sim::{SimClock, SimNet, test_config};
 use cluster::{
-    BlockNo, BoxFuture, Cluster, Config, Epoch, FsId, Incarnation, Instant, Layer, NodeId, ProposeError, Transport, View,
+    BlockNo, BoxFuture, Cluster, Config, Epoch, FsId, Incarnation, Instant, Layer, NodeId, ProposeError, Transport, View, watch,
 };
 use parking_lot::Mutex;
 use sld::{After, Content, Disk, DiskError, FlushTarget, Mode, ObjectId, Operation, Options, PulsarDisk, Sld, Write, WriteClass};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 use world::fake::{FakeMirrors, FakeStore};
 use world::{REGION, Told, World, change, create, inode, number, one, read, write};
 

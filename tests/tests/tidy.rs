@@ -110,6 +110,27 @@ fn select_is_biased_so_that_seeds_replay() {
     check(problems);
 }
 
+/// tokio's `watch` wakes those who wait in an order of chance; `cluster::watch` does not.
+#[test]
+fn nothing_that_is_simulated_uses_the_watch_of_tokio() {
+    let mut problems = Vec::new();
+    for (name, text) in sources() {
+        // Neither the daemon nor the kernel's side of the file system runs in the simulator.
+        if name.starts_with("tools/") || name.starts_with("fs/src/shell/") {
+            continue;
+        }
+        for (at, line) in text.lines().enumerate() {
+            let used = line.split("tokio::sync::").nth(1).is_some_and(|rest| {
+                rest.starts_with("watch") || rest.starts_with('{') && rest.split([',', '{', '}', ' ']).any(|w| w == "watch")
+            });
+            if used && !line.trim_start().starts_with("//") {
+                problems.push(format!("{name}:{}: tokio::sync::watch; use cluster::watch", at + 1));
+            }
+        }
+    }
+    check(problems);
+}
+
 /// Only shells touch the operating system; the cores cannot even name it.
 #[test]
 fn cores_are_pure() {

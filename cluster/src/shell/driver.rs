@@ -21,12 +21,13 @@ use crate::raft::{RaftCore, RaftTiming, RaftWire, Work};
 use crate::store::{Batch, Store, StoreError};
 use crate::time::Instant;
 use crate::transport::{Message, Peer, PeerAddr, PeerWatcher, Receiver, Service, Transport};
+use crate::watch;
 use parking_lot::Mutex;
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
@@ -391,7 +392,7 @@ impl Shared {
         let _open = OpenRequest { shared: self, number: request.number };
         let mut leader = self.leader.subscribe();
         loop {
-            leader.borrow_and_update();
+            drop(leader.borrow_and_update());
             self.route(&request);
             let again = tokio::time::Instant::now() + self.timing.retry;
             tokio::select! {

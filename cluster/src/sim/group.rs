@@ -7,11 +7,11 @@ use crate::ids::{DiskId, Epoch, FsId, Incarnation, MirrorId, NodeId};
 use crate::node::{Cluster, Layer, ProposeError, View};
 use crate::time::Instant;
 use crate::transport::Transport;
+use crate::watch;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// A configuration for tests: nodes 1 to `nodes`, all up with incarnation 1 and voting, a disk each (of the same number),
 /// and one file system `fs` with a mirror per node: mirror i has its copies on the disks i, i+1, … . Epoch 1.
@@ -135,18 +135,18 @@ impl FixedGroup {
         let config = Arc::new(state.config.clone());
         let member = state.config.nodes.get(&node).is_some_and(|n| n.up);
         let recovered = state.recovered;
-        let (view, _) = watch::channel(Arc::new(View { me: node, config, recovered, member }));
+        let (sender, view) = watch::channel(Arc::new(View { me: node, config, recovered, member }));
         let lease = Arc::new(Mutex::new(None));
         let adopted = state.config.epoch;
         // What the epoch has already reached is not taken back for a newcomer: `up` starts a new epoch for it.
-        state.members.insert(node, MemberNode { incarnation, view: view.clone(), adopted, finished: recovered });
+        state.members.insert(node, MemberNode { incarnation, view: sender, adopted, finished: recovered });
         state.raise();
         drop(state);
         Arc::new(FixedCluster {
             group: self.clone(),
             node,
             incarnation,
-            view: view.subscribe(),
+            view,
             lease,
             clock: SimClock::new(Duration::from_secs(1000 * u64::from(node.0)), 0),
             endpoint: self.net.endpoint(node, incarnation),

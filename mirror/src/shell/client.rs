@@ -17,13 +17,13 @@ use crate::shell::server::Server;
 use crate::shell::tasks::{Tasks, parallel};
 use bytes::Bytes;
 use cluster::config::MemberState;
-use cluster::{BLOCK_SIZE, BlockNo, BoxFuture, Cluster, DiskId, Epoch, Layer, MirrorId, NodeId, View};
+use cluster::{BLOCK_SIZE, BlockNo, BoxFuture, Cluster, DiskId, Epoch, Layer, MirrorId, NodeId, View, watch};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-use tokio::sync::{Notify, broadcast, oneshot, watch};
+use tokio::sync::{Notify, broadcast, oneshot};
 
 /// How long to wait before something refused or lost is tried again.
 const RETRY: Duration = Duration::from_millis(20);
@@ -88,7 +88,7 @@ impl Client {
             outbox: Mutex::default(),
             tickets: Mutex::default(),
             wake: Notify::new(),
-            closed: watch::channel(false).0,
+            closed: watch::Sender::new(false),
             events,
             repaired: AtomicU64::new(0),
             corrupt: AtomicU64::new(0),

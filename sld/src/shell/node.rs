@@ -9,7 +9,7 @@ use crate::api::{DiskError, Mode, ObjectId};
 use crate::holder::{Event, WaiterId};
 use crate::message::{Envelope, fs_of};
 use crate::tokens::{Step, Tokens};
-use cluster::{Cluster, Config, FsId, Layer, Message, NodeId, Peer, Receiver, Service, Transport};
+use cluster::{Cluster, Config, FsId, Layer, Message, NodeId, Peer, Receiver, Service, Transport, watch};
 use mirror::Mirrors;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::Weak;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 /// How often acknowledgements and repetitions are looked after.

@@ -144,11 +144,25 @@ fn planted(args: &Args) -> bool {
     all
 }
 
+/// Shows the virtual time of the run.
+struct VirtualTime;
+
+impl tracing_subscriber::fmt::time::FormatTime for VirtualTime {
+    fn format_time(&self, w: &mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result {
+        write!(w, "{:9.3}", tests::sim::elapsed().as_secs_f64())
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.verbose {
         let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(false)
+            .with_timer(VirtualTime)
+            .init();
     }
     if !args.verbose || args.planted {
         std::panic::set_hook(Box::new(|_| {}));

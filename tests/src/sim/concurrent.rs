@@ -76,7 +76,16 @@ struct Program {
 impl Program {
     async fn run(&mut self, op: Op) -> Outcome {
         self.shared.count("operation");
-        self.driver.run(0, &op).await
+        let shown = tracing::enabled!(tracing::Level::TRACE).then(|| format!("{op:?}"));
+        let outcome = self.driver.run(0, &op).await;
+        if let Some(op) = shown {
+            let answer = match &outcome {
+                Ok(Reply::Bytes(bytes)) => format!("{} bytes", bytes.len()),
+                other => format!("{other:?}"),
+            };
+            tracing::trace!("n{}: {op} gives {answer}", self.node + 1);
+        }
+        outcome
     }
 
     /// Whether an error is one that a node in doubt may give. `doubts`: how many it had when the operation began.

@@ -6,7 +6,7 @@ use super::world::PATIENCE;
 use cluster::config::{Applied, Command};
 use cluster::sim::SimClock;
 use cluster::{
-    BlockNo, BoxFuture, Cluster, DiskId, Epoch, FsId, Instant, Layer, MirrorId, NodeId, ProposeError, Transport, View,
+    BlockNo, BoxFuture, Cluster, DiskId, Epoch, FsId, Instant, Layer, MirrorId, NodeId, ProposeError, Transport, View, watch,
 };
 use fs::{FileSystem, FormatParams, Time};
 use mirror::sim::SimDisk;
@@ -16,7 +16,6 @@ use sld::{Options, PulsarDisk, Sld};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// The disk that the file systems are on.
 pub type StackDisk = PulsarDisk;
@@ -172,9 +171,7 @@ impl Wrapped {
         tokio::spawn(async move {
             while views.changed().await.is_ok() {
                 let next = hasten(&views.borrow_and_update());
-                if sender.send(next).is_err() {
-                    return;
-                }
+                sender.send_replace(next);
             }
         });
         Wrapped { inner, endless_lease: false, view }

@@ -210,7 +210,7 @@ impl Collector {
     }
 
     /// Runs the collector after every epoch that lost a node, once its recovery is complete: on the lowest node that is up.
-    pub(super) async fn after_losses(node: Weak<Node>, mut views: watch::Receiver<Arc<View>>) {
+    pub(super) async fn after_losses(node: Weak<Node>, mut views: cluster::watch::Receiver<Arc<View>>) {
         let mut up: BTreeSet<NodeId> = BTreeSet::new();
         let mut due = false;
         loop {

@@ -22,6 +22,7 @@ pub use tls::{ALPN_JOIN, TlsIdentity, is_certificate_of, node_name};
 use crate::BoxFuture;
 use crate::ids::{Incarnation, NodeId};
 use crate::transport::{Message, Peer, PeerAddr, PeerWatcher, Receiver, Service, Transport};
+use crate::watch;
 use frame::Hello;
 use link::{Link, Links};
 use parking_lot::{Mutex, RwLock};
@@ -33,7 +34,6 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// Wanted size of the UDP socket's buffers.
