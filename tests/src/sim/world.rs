@@ -279,12 +279,16 @@ impl World {
     }
 
     /// Waits until the running nodes agree on one epoch, in which all layers have recovered, and hold leases; and mounts
-    /// where it is not mounted.
+    /// where it is not mounted, unless both copies of something are away: then whatever needs it rightly waits for them.
     ///
     /// # Errors
     /// If that does not come about.
     pub async fn settled(&mut self) -> Result<(), String> {
         self.recovered().await?;
+        if !self.is_available() {
+            self.cover("data away");
+            return Ok(());
+        }
         let fs = self.fs;
         for (index, node) in self.nodes.iter_mut().enumerate() {
             if let Some(process) = &mut node.process {
@@ -306,6 +310,19 @@ impl World {
         }) && running.iter().all(|p| p.cluster.lease_valid())
     }
 
+    /// Whether some copy in sync of everything is on a node that is up. (The last copy in sync stays that when its node dies;
+    /// the other one has missed writes, and so is of no use until it has come back.)
+    #[must_use]
+    pub fn is_available(&self) -> bool {
+        let Some(view) = (0..self.len()).find_map(|n| self.view(n)) else { return false };
+        let up = view.config.up();
+        let node_of = |disk| view.config.disks.get(&disk).map(|d| d.node);
+        view.config.mirrors.values().all(|mirror| {
+            let in_sync = mirror.members.iter().filter(|m| m.state == MemberState::InSync);
+            in_sync.filter_map(|m| node_of(m.disk)).any(|node| up.contains(&node))
+        })
+    }
+
     /// Whether every copy is in sync, as the first running node knows.
     #[must_use]
     pub fn in_sync(&self) -> bool {
@@ -316,6 +333,7 @@ impl World {
     /// A node's process dies; its machine, with its page cache, goes on.
     pub fn kill(&mut self, node: usize) {
         self.cover("kill");
+        tracing::info!("fault: kill n{}", node + 1);
         self.end(node, false);
         self.nodes[node].disk.process_died();
     }
@@ -323,6 +341,7 @@ impl World {
     /// A node loses power, silently: what its disk had not flushed may be lost.
     pub fn power_off(&mut self, node: usize) {
         self.cover("power off");
+        tracing::info!("fault: power off n{}", node + 1);
         self.end(node, true);
         let seed = self.rng.next_u64();
         self.nodes[node].disk.crash(seed);
@@ -343,6 +362,7 @@ impl World {
     /// All nodes lose power at once.
     pub fn blackout(&mut self) {
         self.cover("blackout");
+        tracing::info!("fault: blackout");
         for node in self.up() {
             self.power_off(node);
         }
@@ -354,6 +374,7 @@ impl World {
     /// If it cannot start, for example because its disk is damaged beyond what is expected.
     pub async fn start(&mut self, node: usize) -> Result<(), String> {
         self.cover("start");
+        tracing::info!("fault: start n{}", node + 1);
         self.start_cluster(node)?;
         self.start_stack(node).await
     }
@@ -361,6 +382,7 @@ impl World {
     /// Cuts a node off from all others.
     pub fn isolate(&mut self, node: usize) {
         self.cover("isolate");
+        tracing::info!("fault: isolate n{}", node + 1);
         let others: Vec<_> = (0..self.len()).map(id).collect();
         self.net.isolate(id(node), others);
     }
@@ -368,12 +390,14 @@ impl World {
     /// Cuts one direction between two nodes.
     pub fn cut_one_way(&mut self, from: usize, to: usize) {
         self.cover("cut one way");
+        tracing::info!("fault: cut n{} to n{}", from + 1, to + 1);
         self.net.cut_one_way(id(from), id(to));
     }
 
     /// Heals all cuts.
     pub fn heal(&mut self) {
         self.cover("heal");
+        tracing::info!("fault: heal");
         self.net.heal_all();
     }
 
