@@ -139,8 +139,8 @@ async fn live(config: &Path, settings: Settings) -> Outcome<()> {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
             _ = stopped.wait_for(|s| *s) => break Ok(()),
-            why = failure.wait_for(Option::is_some) => {
-                let why = why.map(|w| w.clone().unwrap_or_default()).unwrap_or_default();
+            _ = failure.wait_for(Option::is_some) => {
+                let why = failure.borrow().clone().unwrap_or_default();
                 break Err(Failure::new(format!("the cluster's state on this machine cannot be written: {why}")));
             }
             _ = hangup.recv() => {}

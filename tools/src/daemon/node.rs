@@ -307,7 +307,7 @@ impl Node {
         let mut views = self.cluster.view();
         // It may have been made a moment ago, on another node.
         let found = tokio::time::timeout(NEWS_TIME_MAX, views.wait_for(|v| known(v).is_some())).await;
-        let Some(id) = found.ok().and_then(Result::ok).and_then(|view| known(&view)) else {
+        let Some(id) = found.ok().and_then(Result::ok).and_then(|()| known(&views.borrow())) else {
             let config = self.config();
             let names: Vec<&str> = config.filesystems.values().filter(|f| f.formatted).map(|f| f.name.as_str()).collect();
             let there = if names.is_empty() {
