@@ -1,10 +1,15 @@
-//! Recovery of this layer at the start of an epoch: the copies of a mirror agree on what dead writers had in flight.
+//! Recovery of this layer at the start of an epoch: the copies of a mirror agree on what was in flight.
 //!
-//! Every member of a mirror collects the uncertain groups of dead writers from all members and writes their union, in
-//! the order of each writer's numbers, with versions of the new epoch. Since a writer's groups reach each copy in order,
-//! the union is the longest prefix that any copy has; all copies then have it.
+//! Every member of a mirror collects the uncertain groups from all members and writes their union, in the order of each
+//! writer's numbers, with versions of the new epoch. Since a writer's groups reach each copy in order, the union is the
+//! longest prefix that any copy has; all copies then have it.
+//!
+//! Groups of living writers are among them, though those will send them again: a writer may die before it has, together
+//! with the only copy that has the group. That copy would come back with a version older than the last epoch in which it
+//! was in sync, which resync does not look at.
 //!
 //! Invariants:
+//! - Once an epoch has recovered, versions of older epochs are the same on all copies in sync.
 //! - A group that was acknowledged is on every copy in sync, so it is in the union (if it is still uncertain at all).
 //! - Applying the union where it already is changes only the epoch of versions; a block that was written since by another
 //!   writer has a higher counter and is left alone.
@@ -12,7 +17,7 @@
 //!
 //! - What is uncertain here stays so until all members have finished, so that all find the same union.
 //!
-//! Excludes: groups of living writers (they send them again themselves).
+//! Excludes: telling the writer. One that lives sends its groups again, and finds them there.
 
 use crate::api::Version;
 use crate::format::{block_checksum, digest, seal};
@@ -75,7 +80,7 @@ async fn exchange_clocks(client: &Client, view: &View) {
 
 async fn reconcile(client: &Client, view: &View, mirror: MirrorId, disk: DiskId, copy: Copy) {
     let mut groups = Groups::new();
-    if !own(client, mirror, &copy, &mut groups).await {
+    if !own(mirror, &copy, &mut groups).await {
         return;
     }
     for source in sources(view, mirror) {
@@ -85,7 +90,7 @@ async fn reconcile(client: &Client, view: &View, mirror: MirrorId, disk: DiskId,
         }
     }
     if !groups.is_empty() {
-        tracing::info!("{mirror} on {disk}: {} groups of dead writers may not be on all copies", groups.len());
+        tracing::info!("{mirror} on {disk}: {} groups may not be on all copies", groups.len());
     }
     for ((_, _), versions) in groups {
         for (head, data) in distinct(versions) {
@@ -98,14 +103,13 @@ async fn reconcile(client: &Client, view: &View, mirror: MirrorId, disk: DiskId,
     }
 }
 
-async fn own(client: &Client, mirror: MirrorId, copy: &Copy, groups: &mut Groups) -> bool {
+async fn own(mirror: MirrorId, copy: &Copy, groups: &mut Groups) -> bool {
     if !copy.disk.barrier().await {
         return false;
     }
-    let dead = client.server.dead_writers(mirror, &copy.disk);
     let mut after = None;
     loop {
-        let Ok((some, more)) = copy.disk.uncertain(mirror, &dead, after, UNCERTAIN_BYTES).await else { return false };
+        let Ok((some, more)) = copy.disk.uncertain(mirror, after, UNCERTAIN_BYTES).await else { return false };
         after = some.last().map(|(h, _)| (h.writer, h.wseq));
         for (head, data) in some {
             groups.entry((head.writer, head.wseq)).or_default().push((head, data));

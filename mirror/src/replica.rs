@@ -372,6 +372,20 @@ impl DiskCore {
                     None => self.entry(addr).flatten(),
                 };
                 let applied = write.kind == RecordKind::Write && self.replaces(&write, &slot, now);
+                tracing::trace!(
+                    "disk {:02x}: {}:{} {:?} of {} group {} version {} {} syncing {:?}, had {:?}: {}",
+                    self.uuid[0],
+                    write.head.mirror,
+                    slot.index,
+                    write.head.mode,
+                    write.head.writer.node,
+                    write.head.wseq,
+                    slot.version.epoch(),
+                    counter(slot.version),
+                    write.syncing_from,
+                    now.map(|n| (n.version.epoch(), counter(n.version))),
+                    if applied { "written" } else { "left" },
+                );
                 // Directly home only where nothing durable can be lost by it, and no older contents are on their way.
                 let direct = write.head.fresh_data
                     && !batch.contains_key(&addr)

@@ -298,6 +298,9 @@ impl GroupState {
         }
         if reached != self.recovered && !self.members.is_empty() {
             self.recovered = reached;
+            if reached >= Layer::Mirror {
+                self.config.apply(&Command::Recovered { epoch: self.config.epoch });
+            }
             self.publish();
         }
     }

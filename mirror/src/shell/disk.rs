@@ -616,13 +616,12 @@ impl Disk {
     pub(crate) async fn uncertain(
         &self,
         mirror: MirrorId,
-        writers: &BTreeSet<Writer>,
         after: Option<(Writer, u64)>,
         bytes: usize,
     ) -> Result<(Vec<(WriteHead, Vec<Option<Bytes>>)>, bool), Faulted> {
         let (mut groups, mut more, mut size) = (Vec::new(), false, 0);
         self.with(|core| {
-            for group in core.uncertain_after(mirror, after).filter(|g| writers.contains(&g.head.writer)) {
+            for group in core.uncertain_after(mirror, after) {
                 if size > bytes || groups.len() >= 4096 {
                     more = true;
                     break;

@@ -327,8 +327,7 @@ impl Server {
                 if !copy.disk.barrier().await {
                     return Err(Reply::Faulted);
                 }
-                let dead = self.dead_writers(mirror, &copy.disk);
-                let (groups, more) = copy.disk.uncertain(mirror, &dead, after, UNCERTAIN_BYTES).await.map_err(fault)?;
+                let (groups, more) = copy.disk.uncertain(mirror, after, UNCERTAIN_BYTES).await.map_err(fault)?;
                 let mut parts = Vec::new();
                 let mut heads = Vec::with_capacity(groups.len());
                 for (head, data) in groups {
@@ -348,12 +347,6 @@ impl Server {
             Request::Write(_) => Reply::Refused,
         };
         Ok((reply, Vec::new()))
-    }
-
-    /// Writers with uncertain groups here that are dead in the adopted epoch.
-    pub(crate) fn dead_writers(&self, mirror: MirrorId, disk: &Disk) -> BTreeSet<Writer> {
-        let config = Arc::clone(&self.view().config);
-        disk.with(|c| c.uncertain_writers(mirror)).into_iter().filter(|w| !is_alive(&config, *w)).collect()
     }
 
     /// Reports a failed disk to the cluster until it is known to be faulted.

@@ -80,6 +80,29 @@ async fn a_mirror_whose_last_copy_is_away_waits_for_it() {
     world.copies_agree().await;
 }
 
+/// Its version is older than the last epoch in which the copy was in sync, and so not one that resync looks at.
+#[tokio::test(start_paused = true)]
+async fn a_group_that_only_one_copy_has_is_settled_at_the_next_epoch_though_its_writer_lives() {
+    let mut world = World::new(20, 3, 2).await;
+    let (cluster, b) = (Arc::clone(&world.nodes[&2].0), world.at(2));
+    b.submit(M, group(vec![write(1, 6)])).await.unwrap();
+    world.net.cut(NodeId(1), NodeId(2));
+    let lost = b.submit(M, group(vec![write(1, 7)]));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    // It lives through the change of the epoch, and dies before it has sent the group again.
+    cluster.set_lease(Some(cluster.now()));
+    world.group.change(|_| {});
+    world.net.heal(NodeId(1), NodeId(2));
+    world.in_sync().await;
+    drop((lost, b, cluster));
+    world.crash(2, 1);
+    world.group.down(NodeId(2));
+    assert_eq!(within(60, read(&world.at(3), 1)).await, 7);
+    world.up(2).await;
+    world.in_sync().await;
+    world.copies_agree().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_of_an_older_epoch_are_refused() {
     let world = World::new(13, 3, 2).await;
