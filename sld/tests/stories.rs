@@ -110,6 +110,30 @@ async fn a_write_that_can_never_be_done_is_told_at_once_and_reported_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn disk_that_is_opened_after_its_node_was_let_back_in_can_be_written() {
+    let cluster = Stub::new();
+    let store = FakeStore::new(1, REGION, 1, 2000);
+    let sld = Sld::start(cluster.clone(), store.node(NodeId(1)), Options::default());
+    let show = |up: bool, life: u64| {
+        let node = move |c: &mut Config| {
+            let n = c.nodes.get_mut(&NodeId(1)).unwrap();
+            (n.up, n.incarnation) = (up, Incarnation(life));
+        };
+        cluster.show(node, up);
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    show(false, 1);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    show(true, 2);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let disk = sld.disk(FsId(1));
+    let a = soon(create(&disk, 1)).await;
+    soon(change(&disk, a, 2)).await;
+    assert_eq!(disk.flush(&[FlushTarget::All]).await, Ok(()));
+    assert_eq!(store.peek(a).map(|(d, _)| number(&d)), Some(2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn node_that_was_cut_off_drops_everything_and_says_so_once() {
     let (cluster, store, mirrors, sld, disk, told) = alone(Options::default());
     let (a, b) = (create(&disk, 1).await, create(&disk, 2).await);

@@ -60,7 +60,8 @@ pub(super) struct DiskShared {
 }
 
 impl DiskShared {
-    pub(super) fn start(node: &Arc<Node>, fs: FsId) -> Arc<Self> {
+    /// `generation`: of the tokens, which may have been lost before.
+    pub(super) fn start(node: &Arc<Node>, fs: FsId, generation: u64) -> Arc<Self> {
         let disk = Arc::new(DiskShared {
             node: node.clone(),
             fs,
@@ -68,7 +69,7 @@ impl DiskShared {
                 wb: WriteBack::default(),
                 cache: Cache::new(node.options.cache_bytes),
                 allocator: Allocator::default(),
-                generation: 0,
+                generation,
                 flushes: BTreeMap::new(),
                 leases: BTreeMap::new(),
                 lease_for: crate::allocator::Use::Data,

@@ -369,9 +369,13 @@ impl Sld {
     /// The disk of a file system; the same one for every call with the same id.
     #[must_use]
     pub fn disk(&self, fs: FsId) -> PulsarDisk {
-        let mut disks = self.node.disks.lock();
-        let shared = disks.entry(fs).or_insert_with(|| DiskShared::start(&self.node, fs));
-        PulsarDisk::new(shared.clone())
+        // Under the lock of the tokens, so that it begins with what they are now, and is told of every reset after that.
+        let shared = self.node.look(|t| {
+            let generation = t.holder.generation();
+            let mut disks = self.node.disks.lock();
+            disks.entry(fs).or_insert_with(|| DiskShared::start(&self.node, fs, generation)).clone()
+        });
+        PulsarDisk::new(shared)
     }
 
     /// Makes everything durable and gives all tokens back, then stops. Waits for the mirrors as long as they take, and for
