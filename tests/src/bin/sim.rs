@@ -103,7 +103,9 @@ fn soak(args: &Args, from: u64, to: u64) -> bool {
             }
             Err(what) => {
                 println!("seed {seed} FAILED ({:?}): {what}", plan.mode);
-                println!("replay: sim --seed {seed} --nodes {} --steps {} --faults {}", args.nodes, args.steps, args.faults);
+                let mode = format!("{:?}", plan.mode).to_lowercase();
+                let (nodes, steps, faults) = (args.nodes, args.steps, args.faults);
+                println!("replay: sim --seed {seed} --nodes {nodes} --steps {steps} --faults {faults} --mode {mode}");
                 failed.push(seed);
                 if !args.keep_going {
                     break;
