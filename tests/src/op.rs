@@ -242,6 +242,8 @@ pub struct Stat {
     pub ctime: Stamp,
     /// From the oracle: mtime was set by `Utimes` to this.
     pub mtime_set: Option<i64>,
+    /// From the oracle: how often mtime was set by `Utimes`.
+    pub mtime_sets: u32,
 }
 
 /// What an operation answers.

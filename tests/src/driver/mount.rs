@@ -231,6 +231,7 @@ fn stat(m: &fs::Metadata) -> Reply {
         mtime: (m.mtime(), m.mtime_nsec() as u32),
         ctime: (m.ctime(), m.ctime_nsec() as u32),
         mtime_set: None,
+        mtime_sets: 0,
     })
 }
 

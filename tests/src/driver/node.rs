@@ -253,6 +253,7 @@ fn stat(a: &Attributes) -> Reply {
         mtime: (a.mtime.seconds, a.mtime.nanos),
         ctime: (a.ctime.seconds, a.ctime.nanos),
         mtime_set: None,
+        mtime_sets: 0,
     })
 }
 
