@@ -33,8 +33,11 @@ const SHARDS: usize = 64;
 /// invalidation overtook it, so that many in a row cannot be missed.
 const TOLD_MAX: usize = 8;
 /// After another node changed a directory, names in it are not cached for this long: it is probably being written by both,
-/// and every revocation would throw away all names of the mount.
-const SHARED_DIRECTORY: Duration = Duration::from_millis(1000);
+/// and every revocation throws away all names of the mount. (The kernel then also takes a working directory for removed until
+/// somebody has looked it up again.) The time doubles whenever that was too short.
+const SHARED_DIRECTORY: Duration = Duration::from_secs(1);
+/// The longest such time.
+const SHARED_DIRECTORY_MAX: Duration = Duration::from_secs(60);
 
 /// Who asked about an inode will ask again within this time, or has stopped doing so.
 const ASKS_AGAIN: Duration = Duration::from_secs(2);
@@ -64,6 +67,8 @@ struct Inode {
     generation: u64,
     revoked: u64,
     revoked_at: Option<Instant>,
+    /// When names were last taken back, and how long none are to be cached from then on.
+    shared: Option<(Instant, Duration)>,
     asked_at: Option<Instant>,
     attributes: bool,
     names: bool,
@@ -273,7 +278,8 @@ impl Known {
     pub(crate) fn tell_name(&self, start: Moment, directory: u64, listed: bool, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
-        let contended = inode.revoked_at.is_some_and(|at| at.elapsed() < SHARED_DIRECTORY);
+        let recently = inode.revoked_at.is_some_and(|at| at.elapsed() < SHARED_DIRECTORY);
+        let contended = recently || inode.shared.is_some_and(|(since, time)| since.elapsed() < time);
         if ttl.is_zero() || contended || !self.is_current(start, inode, true) {
             return Duration::ZERO;
         }
@@ -323,7 +329,15 @@ impl Known {
         let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
-        inode.revoked_at = Some(Instant::now());
+        let now = Instant::now();
+        inode.revoked_at = Some(now);
+        if inode.names {
+            let time = match inode.shared {
+                Some((since, time)) if now - since < time * 8 => (time * 2).min(SHARED_DIRECTORY_MAX),
+                _ => SHARED_DIRECTORY * 2,
+            };
+            inode.shared = Some((now, time));
+        }
         inode.revoke(number)
     }
 
@@ -458,8 +472,18 @@ mod tests {
         assert_eq!(known.tell_name(known.begin(), 1, false, TTL), TTL);
         assert!(known.revoke(1).names);
         assert_eq!(known.tell_name(known.begin(), 1, false, TTL), Duration::ZERO);
-        tokio::time::advance(SHARED_DIRECTORY).await;
+        tokio::time::advance(SHARED_DIRECTORY * 2).await;
         assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
         assert!(known.revoke(1).listed);
+        // Again: it was too short.
+        tokio::time::advance(SHARED_DIRECTORY * 3).await;
+        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), Duration::ZERO);
+        tokio::time::advance(SHARED_DIRECTORY).await;
+        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
+        // Long ago.
+        tokio::time::advance(SHARED_DIRECTORY_MAX).await;
+        assert!(known.revoke(1).names);
+        tokio::time::advance(SHARED_DIRECTORY * 2).await;
+        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
     }
 }
