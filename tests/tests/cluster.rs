@@ -392,6 +392,35 @@ fn events_with(cluster: &RealCluster, word: &str) -> Vec<String> {
 
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_disk_that_is_gone_holds_nobody_up_and_is_replaced() {
+    let cluster = RealCluster::up(&Options::default());
+    cluster.wait_healthy();
+    sh(&cluster.mount(1), "seq 100000 >numbers; sync numbers");
+    cluster.stop(&[2]);
+    // Both copies of its label.
+    damage(&cluster, 2, [0, 4096]);
+    cluster.start(&[2]);
+    let one = cluster.mount(1);
+    within(LONG, "writing while a node has lost its disk", move || sh(&one, "seq 200000 >numbers; sync numbers"));
+    cluster.wait_status(2, "the disk is given up", LONG, |s| {
+        s["disks"].as_array().is_some_and(|d| d.iter().any(|d| d["node"] == "n2" && d["state"] == "faulted"))
+    });
+    let new = cluster.dir().join("new-disk");
+    let new = new.display().to_string();
+    let replaced = cluster.pulsar(2, &["disk", "replace", "d2", &new, "--size", "1G"]).expect("pulsar runs");
+    assert_eq!(replaced.code, 0, "{}{}", replaced.text, replaced.errors);
+    cluster.wait_healthy();
+    // What is read is on the new disk, too: another node goes, and all is there.
+    cluster.kill(&[1]);
+    let three = cluster.mount(3);
+    assert_eq!(within(LONG, "reading without the first node", move || sh(&three, "tail -n 1 numbers")).trim(), "200000");
+    cluster.start(&[1]);
+    cluster.wait_healthy();
+    cluster.fsck(3);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
 fn damaged_copies_are_read_around_and_repaired() {
     const BLOCKS: usize = (20 << 20) / 4096;
     let cluster = RealCluster::up(&Options::default());

@@ -28,6 +28,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
+/// How long a device may take to appear when the daemon starts.
+const DEVICE_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often that is looked at.
+const DEVICE_POLL: Duration = Duration::from_millis(250);
 /// How long a clean end may take before it is given up; what was acknowledged is safe in any case.
 const END_TIME_MAX: Duration = Duration::from_secs(20);
 
@@ -84,16 +88,23 @@ async fn live(config: &Path, settings: Settings) -> Outcome<()> {
     Process::this().write(&pid_file).context(|| format!("cannot write {}", pid_file.display()))?;
     let cluster_id = state.identity.cluster;
     let listen: SocketAddr = settings.listen.parse().context(|| format!("listen = \"{}\"", settings.listen))?;
-    let running = Arc::new(launch::launch(state, listen, Some(settings.listen.clone())).await.context(|| "cannot start".into())?);
 
     let mut devices = Vec::new();
     let mut unusable = Vec::new();
     for disk in &settings.disks {
+        // At boot devices may come late; a disk that is missing is given up, for good.
+        let mut waited = Duration::ZERO;
+        while waited < DEVICE_TIME_MAX && !disk.path.exists() {
+            tokio::time::sleep(DEVICE_POLL).await;
+            waited += DEVICE_POLL;
+        }
         match setup::open_labelled(&disk.path, cluster_id).await {
             Ok(device) => devices.push(device),
             Err(e) => unusable.push((disk.path.display().to_string(), e.message)),
         }
     }
+    // After the disks: nobody waits for this node's copies before it has them.
+    let running = Arc::new(launch::launch(state, listen, Some(settings.listen.clone())).await.context(|| "cannot start".into())?);
     let leader = {
         let cluster = Arc::downgrade(&running.cluster);
         Arc::new(move || cluster.upgrade()?.leader())

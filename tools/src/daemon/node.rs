@@ -19,7 +19,7 @@ use fs::{FileSystem, FormatParams, Time};
 use mirror::{BlockDevice, Mirror, MirrorEvent, MirrorOptions};
 use parking_lot::Mutex;
 use sld::{Disk, FlushTarget, PulsarDisk, Sld};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -115,6 +115,7 @@ impl Node {
                 None => new.push(device),
             }
         }
+        let missing = missing(&config, cluster.local(), &known.iter().map(|(id, _)| *id).collect());
         let mirror = Mirror::start(cluster.clone(), known, MirrorOptions::default()).await.context(|| "cannot start".into())?;
         let options = sld::Options { cache_bytes, dirty_bytes: (cache_bytes / 4).max(16 << 20), ..sld::Options::default() };
         let sld = Sld::start(cluster.clone(), mirror.mirrors(), options);
@@ -147,6 +148,17 @@ impl Node {
         node.spawn(Collector::after_losses(weak, node.cluster.view()));
         let (mirror_events, events) = (node.mirror.events(), node.events.clone());
         node.spawn(async move { follow_mirror(mirror_events, &events).await });
+        for disk in missing {
+            let weak = Arc::downgrade(&node);
+            node.spawn(async move {
+                let Some(node) = weak.upgrade() else { return };
+                let text = format!("disk {disk} of this node could not be opened: it is given up, so that nobody waits for it");
+                node.events.add(Kind::DiskFault, true, text);
+                if let Err(e) = propose(&*node.cluster, Command::DiskFault { disk }).await {
+                    tracing::error!("disk {disk} could not be given up: {e}");
+                }
+            });
+        }
         for device in new {
             let weak = Arc::downgrade(&node);
             node.spawn(async move {
@@ -230,11 +242,16 @@ impl Node {
         Ok(id)
     }
 
-    /// Whether a disk is one that can be replaced from here.
+    /// A disk is no longer named in the settings.
+    pub(super) fn disk_forgotten(&self, name: &str) {
+        self.disk_errors.lock().retain(|(disk, _)| disk != name);
+    }
+
+    /// The identity of a disk that can be replaced from here.
     ///
     /// # Errors
     /// It is another node's, or works.
-    pub(super) fn check_replaceable(&self, old: DiskId) -> Outcome<()> {
+    pub(super) fn replaceable(&self, old: DiskId) -> Outcome<[u8; 16]> {
         let config = self.config();
         let disk =
             config.disks.get(&old).ok_or_else(|| Failure::new(format!("there is no disk {old}; see 'pulsar disk list'")))?;
@@ -245,7 +262,7 @@ impl Node {
         if !disk.faulted {
             return Err(Failure::new(format!("{old} works; only a failed disk is replaced")));
         }
-        Ok(())
+        Ok(disk.uuid)
     }
 
     /// Puts a disk that is served, and empty, in a failed one's place.
@@ -556,6 +573,13 @@ fn scrub_report(nodes: impl Iterator<Item = (String, Option<ScrubFacts>)>) -> Ta
     report
 }
 
+/// Disks of a node that it has not got any more. Writes go to all current copies: one that nobody serves would hold them up
+/// for ever.
+fn missing(config: &Config, node: NodeId, opened: &BTreeSet<DiskId>) -> Vec<DiskId> {
+    let here = config.disks.iter().filter(|(id, d)| d.node == node && !d.faulted && !opened.contains(id));
+    here.map(|(id, _)| *id).collect()
+}
+
 fn disk_id(config: &Config, uuid: &[u8; 16]) -> Option<DiskId> {
     config.disks.iter().find(|(_, d)| d.uuid == *uuid).map(|(id, _)| *id)
 }
@@ -696,6 +720,15 @@ async fn follow_mirror(mut news: tokio::sync::broadcast::Receiver<MirrorEvent>, 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_that_is_gone_is_not_waited_for() {
+        let mut config = crate::status::tests::three();
+        assert_eq!(missing(&config, NodeId(2), &BTreeSet::new()), [DiskId(2)]);
+        assert!(missing(&config, NodeId(2), &BTreeSet::from([DiskId(2)])).is_empty());
+        config.disks.get_mut(&DiskId(2)).unwrap().faulted = true;
+        assert!(missing(&config, NodeId(2), &BTreeSet::new()).is_empty(), "known already");
+    }
 
     #[test]
     fn a_scrub_of_all_nodes_is_told_as_it_is() {

@@ -105,19 +105,35 @@ impl Service {
     }
 
     async fn disk_replace(&self, old: DiskId, path: &Path, size: Option<u64>) -> Outcome<Answer> {
-        self.node.check_replaceable(old)?;
-        let cluster = self.node.cluster().view().borrow().config.cluster;
+        let failed = self.node.replaceable(old)?;
         if !Settings::load(&self.config)?.disks.iter().any(|d| d.path == path) {
             self.disk_add(path, size).await?;
         }
-        let device = setup::open_labelled(path, cluster).await?;
-        self.node.replace_disk(old, &device.uuid).await?;
+        self.node.replace_disk(old, &setup::identity_of(path).await?).await?;
+        self.drop_from_settings(&failed).await?;
+        let path = path.display();
         Ok(Answer::done(format!(
-            "{} takes the place of {old} and gets all its copies; 'pulsar status' tells how far that is. \
-             Take the failed disk out of {} when it is gone",
-            path.display(),
-            self.config.display()
+            "{path} takes the place of {old} and gets all its copies; 'pulsar status' tells how far that is"
         )))
+    }
+
+    /// Takes a failed disk out of the settings: the one with its identity, or else the only one whose identity cannot be read.
+    async fn drop_from_settings(&self, failed: &[u8; 16]) -> Outcome<()> {
+        let mut settings = Settings::load(&self.config)?;
+        let (mut its, mut unknown) = (Vec::new(), Vec::new());
+        for disk in &settings.disks {
+            match setup::identity_of(&disk.path).await {
+                Ok(uuid) if uuid == *failed => its.push(disk.path.clone()),
+                Ok(_) => {}
+                Err(_) => unknown.push(disk.path.clone()),
+            }
+        }
+        if its.is_empty() && unknown.len() == 1 {
+            its = unknown;
+        }
+        settings.disks.retain(|d| !its.contains(&d.path));
+        its.iter().for_each(|path| self.node.disk_forgotten(&path.display().to_string()));
+        settings.save(&self.config)
     }
 
     async fn disk_add(&self, path: &Path, size: Option<u64>) -> Outcome<Answer> {

@@ -152,6 +152,16 @@ pub async fn open_labelled(path: &Path, cluster: [u8; 16]) -> Outcome<Device> {
     Ok(Device { name: path.display().to_string(), uuid: label.uuid, blocks: label.geometry.data_blocks, device })
 }
 
+/// A disk's identity, also while it is in use.
+///
+/// # Errors
+/// If it is not there, or has no label that can be read.
+pub async fn identity_of(path: &Path) -> Outcome<[u8; 16]> {
+    let what = || format!("disk {}", path.display());
+    let device = FileDevice::open_read_only(path).context(what)?;
+    Ok(mirror::format::read_label(&device).await.context(what)?.uuid)
+}
+
 /// `address:port` of this node, from what was given: nothing, an address, or both.
 ///
 /// # Errors
