@@ -71,7 +71,7 @@ pub struct ScrubFacts {
 #[serde(rename_all = "snake_case")]
 enum Wire {
     Question { id: u64, question: Question },
-    Facts { id: u64, facts: NodeFacts },
+    Facts { id: u64, facts: Box<NodeFacts> },
 }
 
 /// What answers the questions of others.
@@ -143,14 +143,14 @@ impl Receiver for Ear {
         match serde_json::from_slice(&message.head) {
             Ok(Wire::Question { id, question }) => {
                 let facts = (peers.answer)(question);
-                peers.transport.send(from.node, Service::Admin, encode(&Wire::Facts { id, facts }));
+                peers.transport.send(from.node, Service::Admin, encode(&Wire::Facts { id, facts: Box::new(facts) }));
             }
             Ok(Wire::Facts { id, facts }) => {
                 let mut waiting = peers.waiting.lock();
                 if waiting.questions.get(&id).is_some_and(|(node, _)| *node == from.node)
                     && let Some((_, sender)) = waiting.questions.remove(&id)
                 {
-                    let _ = sender.send(facts);
+                    let _ = sender.send(*facts);
                 }
             }
             Err(e) => tracing::warn!("a message from {} is not understood: {e}", from.node),
