@@ -1,6 +1,6 @@
 //! Random sequences of operations from a seed, and their reduction to short ones that still fail.
 
-use crate::op::{Fallocate, FileKind, Op, OpenHow, RenameFlag, Step, XattrHow};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Step, XattrHow};
 use crate::reference::Oracle;
 use cluster::sim::Rng;
 
@@ -227,8 +227,19 @@ impl Generator {
                 let len = if self.rng.percent(20) { self.rng.below(900) } else { self.rng.below(60) } as u32;
                 Op::SetXattr { path: self.path(true), name: self.attribute(), fill: self.rng.next_u64() as u32, len, how }
             }
-            95..97 => Op::GetXattr { path: self.path(true), name: self.attribute() },
-            97 => Op::ListXattr { path: self.path(true) },
+            95 => Op::GetXattr { path: self.path(true), name: self.attribute() },
+            96 => Op::ListXattr { path: self.path(true) },
+            97..99 => {
+                let path = self.existing(|k| matches!(k, FileKind::File | FileKind::Dir)).unwrap_or_else(|| "a".into());
+                let default = self.rng.percent(40);
+                if self.rng.percent(50) {
+                    return Op::GetAcl { path, default };
+                }
+                let mut perm = || self.rng.below(8) as u16;
+                let (owner, group, other, named) = (perm(), perm(), perm(), (perm(), perm()));
+                let named = self.rng.percent(70).then_some(named);
+                Op::SetAcl { path, acl: Acl { owner, named, group, other }, default }
+            }
             _ => Op::RemoveXattr { path: self.path(true), name: self.attribute() },
         }
     }

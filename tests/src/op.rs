@@ -8,7 +8,9 @@ pub mod errno {
     pub const EPERM: i32 = 1;
     pub const ENOENT: i32 = 2;
     pub const EIO: i32 = 5;
+    pub const ENXIO: i32 = 6;
     pub const EBADF: i32 = 9;
+    pub const EACCES: i32 = 13;
     pub const EEXIST: i32 = 17;
     pub const ENOTDIR: i32 = 20;
     pub const EISDIR: i32 = 21;
@@ -183,6 +185,54 @@ pub enum Op {
         path: String,
         name: String,
     },
+    SetAcl {
+        path: String,
+        acl: Acl,
+        default: bool,
+    },
+    /// The value of the extended attribute that a list is kept in.
+    GetAcl {
+        path: String,
+        default: bool,
+    },
+}
+
+/// A POSIX access control list with at most one named user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acl {
+    /// The owner's permissions.
+    pub owner: u16,
+    /// Those of user 1000, and the mask.
+    pub named: Option<(u16, u16)>,
+    /// The owning group's.
+    pub group: u16,
+    /// Everybody else's.
+    pub other: u16,
+}
+
+impl Acl {
+    /// The name of the extended attribute that a list is kept in.
+    #[must_use]
+    pub fn attribute(default: bool) -> &'static str {
+        if default { "system.posix_acl_default" } else { "system.posix_acl_access" }
+    }
+
+    /// As the kernel passes it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut entries = vec![(1, self.owner, u32::MAX)];
+        entries.extend(self.named.map(|(perm, _)| (2, perm, 1000)));
+        entries.push((4, self.group, u32::MAX));
+        entries.extend(self.named.map(|(_, mask)| (16, mask, u32::MAX)));
+        entries.push((32, self.other, u32::MAX));
+        let mut bytes = 2u32.to_le_bytes().to_vec();
+        for (tag, perm, id) in entries {
+            bytes.extend(u16::to_le_bytes(tag));
+            bytes.extend(perm.to_le_bytes());
+            bytes.extend(u32::to_le_bytes(id));
+        }
+        bytes
+    }
 }
 
 /// Whether `setxattr` makes or replaces.

@@ -6,7 +6,7 @@
 //!
 //! Excludes: permissions (the kernel checks them), crashes (`sim` has its own checkers), space.
 
-use crate::op::{Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
 use std::collections::BTreeMap;
 
 /// Longest name in bytes.
@@ -95,6 +95,9 @@ struct Node {
     gid: u32,
     nlink: u32,
     xattrs: BTreeMap<String, Vec<u8>>,
+    /// Lists that say more than the mode: for access, and for new files.
+    access: Option<Acl>,
+    default: Option<Acl>,
     mtime: i64,
     ctime: i64,
     mtime_set: Option<i64>,
@@ -118,6 +121,36 @@ impl Node {
 
     fn is_dir(&self) -> bool {
         matches!(self.body, Body::Dir(_))
+    }
+
+    /// Sets the permissions; the access list follows.
+    fn set_mode(&mut self, mode: u32) {
+        self.mode = mode;
+        let bits = |shift: u32| (mode >> shift & 7) as u16;
+        if let Some(acl) = &mut self.access {
+            (acl.owner, acl.other) = (bits(6), bits(0));
+            if let Some((_, mask)) = &mut acl.named {
+                *mask = bits(3);
+            }
+        }
+    }
+
+    /// Sets the access list; the permissions follow, and say all if nobody is named.
+    fn set_access(&mut self, acl: Acl) {
+        let group = acl.named.map_or(acl.group, |(_, mask)| mask);
+        self.mode = self.mode & !0o777 | u32::from(acl.owner) << 6 | u32::from(group) << 3 | u32::from(acl.other);
+        self.access = acl.named.is_some().then_some(acl);
+    }
+
+    /// What a new file gets from its directory's default list.
+    fn inherit(&mut self, default: Acl) {
+        let wanted = self.mode;
+        self.set_access(default);
+        let allowed = self.mode & 0o777 | !0o777;
+        self.set_mode(wanted & allowed);
+        if self.is_dir() {
+            self.default = Some(default);
+        }
     }
 }
 
@@ -158,6 +191,8 @@ impl Oracle {
             gid: 0,
             nlink,
             xattrs: BTreeMap::new(),
+            access: None,
+            default: None,
             mtime: tick,
             ctime: tick,
             mtime_set: None,
@@ -311,7 +346,11 @@ impl Oracle {
             Err(e) => return Err(e),
         }
         let is_dir = matches!(body, Body::Dir(_));
+        let is_link = matches!(body, Body::Symlink(_));
         let ino = self.insert(body, mode, dir);
+        if let Some(default) = self.node(dir).default.filter(|_| !is_link) {
+            self.node_mut(ino).inherit(default);
+        }
         self.entries(dir).insert(name.to_owned(), ino);
         self.touch_data(dir);
         if is_dir {
@@ -395,7 +434,7 @@ impl Oracle {
             }
             Op::Chmod { path, mode } => {
                 let ino = self.resolve(path, true)?;
-                self.node_mut(ino).mode = *mode;
+                self.node_mut(ino).set_mode(*mode);
                 self.touch_inode(ino);
                 Ok(Reply::Done)
             }
@@ -432,13 +471,32 @@ impl Oracle {
             }
             Op::ListXattr { path } => {
                 let ino = self.resolve(path, true)?;
-                Ok(Reply::Attributes(self.node(ino).xattrs.keys().cloned().collect()))
+                let node = self.node(ino);
+                let lists = [(node.access, false), (node.default, true)].into_iter().filter(|(acl, _)| acl.is_some());
+                let lists = lists.map(|(_, default)| Acl::attribute(default).to_owned());
+                Ok(Reply::Attributes(lists.chain(node.xattrs.keys().cloned()).collect()))
             }
             Op::RemoveXattr { path, name } => {
                 let ino = self.attributed(path, EPERM)?;
                 self.node_mut(ino).xattrs.remove(name).ok_or(ENODATA)?;
                 self.touch_inode(ino);
                 Ok(Reply::Done)
+            }
+            Op::SetAcl { path, acl, default } => {
+                let ino = self.resolve(path, true)?;
+                let node = self.node_mut(ino);
+                match default {
+                    true if !node.is_dir() => return Err(EACCES),
+                    true => node.default = Some(*acl),
+                    false => node.set_access(*acl),
+                }
+                self.touch_inode(ino);
+                Ok(Reply::Done)
+            }
+            Op::GetAcl { path, default } => {
+                let node = self.node(self.resolve(path, true)?);
+                let acl = if *default { node.default } else { node.access };
+                acl.map(|acl| Reply::Bytes(acl.encode())).ok_or(ENODATA)
             }
         }
     }
@@ -613,6 +671,7 @@ impl Oracle {
             Some(ino) => {
                 match &self.node(ino).body {
                     Body::Symlink(_) => return Err(ELOOP),
+                    Body::Whiteout => return Err(ENXIO),
                     Body::Dir(_) if how.write || how.create || how.truncate => return Err(EISDIR),
                     _ => {}
                 }

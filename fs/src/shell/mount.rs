@@ -5,6 +5,7 @@
 //!
 //! Excludes: serving (`serve`).
 
+use crate::AccessTimes;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::fs::OpenOptions;
@@ -99,6 +100,18 @@ impl MountOptions {
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.flags.contains(MsFlags::MS_RDONLY)
+    }
+
+    /// When reads change access times.
+    #[must_use]
+    pub fn access_times(&self) -> AccessTimes {
+        if self.flags.intersects(MsFlags::MS_NOATIME | MsFlags::MS_RDONLY) {
+            AccessTimes::Never
+        } else if self.flags.contains(MsFlags::MS_STRICTATIME) {
+            AccessTimes::Always
+        } else {
+            AccessTimes::Relative
+        }
     }
 
     /// Whether an existing mount is to get these options (no descriptor is made then).
@@ -223,6 +236,14 @@ mod tests {
         assert!(options.is_read_only());
         assert_eq!(options.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC);
         assert!(!MountOptions::parse("ro,rw").unwrap().is_read_only());
+        for (options, times) in [
+            ("rw,relatime", AccessTimes::Relative),
+            ("noatime", AccessTimes::Never),
+            ("ro", AccessTimes::Never),
+            ("noatime,atime,strictatime", AccessTimes::Always),
+        ] {
+            assert_eq!(MountOptions::parse(options).unwrap().access_times(), times, "{options}");
+        }
         let error = MountOptions::parse("rw,frobnicate=3").unwrap_err();
         assert!(error.to_string().contains("frobnicate=3"));
     }

@@ -12,7 +12,7 @@ use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
 use super::translate::Identity;
-use crate::{FileSystem, Ino};
+use crate::{AccessTimes, FileSystem, Ino};
 use fuser::{Config, Session, SessionACL};
 use parking_lot::Mutex;
 use sld::{Disk, Locks, Mode, ObjectId, Upcalls};
@@ -44,11 +44,19 @@ pub struct ServeOptions {
     pub locks: Option<(Arc<Locks>, cluster::NodeId)>,
     /// How long the kernel may believe what it is told: asked for each answer, must not outlive the node's lease.
     pub lifetime: Lifetime,
+    /// When reads change access times: of the file system on this node, as the last mount says.
+    pub access_times: AccessTimes,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        ServeOptions { directory: None, threads: 0, locks: None, lifetime: Arc::new(|| LIFETIME) }
+        ServeOptions {
+            directory: None,
+            threads: 0,
+            locks: None,
+            lifetime: Arc::new(|| LIFETIME),
+            access_times: AccessTimes::default(),
+        }
     }
 }
 
@@ -84,6 +92,7 @@ impl<D: Disk> Server<D> {
     /// No threads or descriptors left.
     pub fn serve(&self, fuse: OwnedFd, options: ServeOptions) -> io::Result<MountHandle> {
         let runtime = Handle::current();
+        self.fs.keep_access_times(options.access_times);
         let known = Arc::new(Known::new());
         let notify = Notify::new(fuse.try_clone()?, runtime.clone())?;
         let (stop, stopped) = watch::channel(false);

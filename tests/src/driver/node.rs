@@ -2,7 +2,7 @@
 //! are followed here, and access to descriptors is checked here.
 
 use super::Driver;
-use crate::op::{Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
 use fs::ops::data::{Allocate, At, Payload};
 use fs::ops::xattr::SetMode;
 use fs::{
@@ -207,6 +207,7 @@ impl<D: Disk> NodeDriver<D> {
             Some(found) => {
                 match found.kind {
                     NodeKind::Symlink => return Err(ELOOP),
+                    NodeKind::CharDevice => return Err(ENXIO),
                     NodeKind::Directory if how.write || how.create || how.truncate => return Err(EISDIR),
                     _ => {}
                 }
@@ -428,6 +429,15 @@ impl<D: Disk> Driver for NodeDriver<D> {
                 let mut names: Vec<_> = names.map(|n| String::from_utf8_lossy(n).into_owned()).collect();
                 names.sort();
                 Ok(Reply::Attributes(names))
+            }
+            Op::SetAcl { path, acl, default } => {
+                let ino = Self::walk(&fs, path, true).await?.ino;
+                let name = Acl::attribute(*default).as_bytes();
+                done(fs.set_xattr(ino, name, &acl.encode(), SetMode::Any).await)
+            }
+            Op::GetAcl { path, default } => {
+                let ino = Self::walk(&fs, path, true).await?.ino;
+                fs.get_xattr(ino, Acl::attribute(*default).as_bytes()).await.map(Reply::Bytes).map_err(|e| err(&e))
             }
             Op::RemoveXattr { path, name } => {
                 let ino = Self::attributed(&fs, path, EPERM).await?;

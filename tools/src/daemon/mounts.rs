@@ -114,6 +114,7 @@ impl Mounts {
         let server = self.server(fs).await?;
         let serve = ServeOptions {
             directory: Some(dir.to_path_buf()),
+            access_times: mount::MountOptions::parse(&options, true)?.parsed.access_times(),
             lifetime: self.node.lifetime(),
             locks: Some(self.node.locks()),
             ..ServeOptions::default()
