@@ -4,6 +4,7 @@ use super::*;
 use crate::events::MirrorEvent;
 use crate::message::{Reply, Request, WriteHead, WriteMode, Writer};
 use crate::mirror::StartError;
+use crate::shell::client::sources;
 use crate::sim::Fault;
 use cluster::config::{Member, MirrorInfo};
 use cluster::{Cluster, Epoch, Incarnation};
@@ -277,6 +278,26 @@ async fn tags_that_cannot_be_read_are_repaired_and_the_disk_stays() {
         world.in_sync().await;
         world.copies_agree().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repair_ends_with_its_epoch() {
+    let world = World::new(30, 3, 2).await;
+    world.at(1).submit(M, group(vec![write(1, 7)])).await.unwrap();
+    let read = world.at(1).read(vec![BlockNo::new(M, 1)]).await.unwrap().remove(0);
+    // It takes the repair in, and never answers.
+    world.disks[&2].freeze();
+    let client = world.nodes[&1].1.client();
+    let view = client.server.view();
+    let source = sources(&view, M).into_iter().find(|s| s.disk == DiskId(2)).unwrap();
+    let repair = client.repair(view.epoch(), M, 1, &read, Some(([0; 16], true)), vec![(source, Version(0))]);
+    let change = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        world.group.change(|_| {});
+    };
+    let (repaired, ()) = within(60, async { tokio::join!(repair, change) }).await;
+    assert_eq!(repaired, 0);
+    world.disks[&2].thaw();
 }
 
 #[tokio::test(start_paused = true)]
