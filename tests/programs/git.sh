@@ -17,7 +17,7 @@ for i in $(seq 200); do mkdir -p "$1/$name/first/d$((i % 9))"; echo "line $i" >"
 
 worker() { # NODE NUMBER
     local at=$1/$name/clone$2 hub=$1/$name/hub.git i
-    git clone -q --no-hardlinks "$hub" "$at"
+    git clone -q "file://$hub" "$at"
     cd "$at"
     for i in $(seq "$rounds"); do
         echo "$2 $i" >>"own$2"
