@@ -45,7 +45,8 @@ impl NodeDisk {
                 lost
             };
             if let (Some(keep), Some(upcalls)) = (lost, self.upcalls[other].get()) {
-                upcalls.revoked(*object, keep);
+                // As the disk does before it gives the token up; an example may block its thread for this.
+                std::thread::sleep(upcalls.revoked(*object, keep));
             }
         }
     }

@@ -11,6 +11,7 @@ use mirror::Tag;
 use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A block's contents: always 4096 bytes; cheap to clone.
 pub type Block = Bytes;
@@ -172,8 +173,9 @@ pub enum FlushTarget {
 /// page or directory locks, for another node, or for a token).
 pub trait Upcalls: Send + Sync + 'static {
     /// Another node wants the token: no operation of this node uses it any more, and none will before it is granted
-    /// again. Drop what the kernel was told on the strength of it. `keep` is the mode that stays (`None`: nothing).
-    fn revoked(&self, object: ObjectId, keep: Option<Mode>);
+    /// again. Drop what the kernel was told on the strength of it. `keep` is the mode that stays (`None`: nothing). What cannot
+    /// be taken back runs out by itself: the token is given up after the time that is returned, at the earliest.
+    fn revoked(&self, object: ObjectId, keep: Option<Mode>) -> Duration;
 
     /// All tokens are gone (this node was declared dead).
     fn reset(&self);

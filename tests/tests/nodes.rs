@@ -166,42 +166,37 @@ fn a_node_that_is_cut_off_loses_its_locks_and_says_so() {
     assert!(text.starts_with("mine-at-last"), "{text}");
 }
 
-/// What is known and not yet mended (docs/testing.md, "Open findings"). `ci` leaves these out.
-mod open_findings {
-    use super::*;
-
-    /// An epoch for names (FUSE_NOTIFY_INC_EPOCH) makes the kernel drop directories from its tree until they are looked up
-    /// again; one that is somebody's working directory counts as removed meanwhile.
-    #[test]
-    #[ignore = "open finding: getcwd() fails now and then while another node changes names"]
-    fn a_working_directory_is_not_lost_while_others_change_it() {
-        let cluster = RealCluster::up(&Options::default());
-        let (here, there) = (cluster.mount(1).join("a/b/c"), cluster.mount(3).join("a/b/c"));
-        std::fs::create_dir_all(&here).expect("a directory");
-        File::create(here.join("file")).expect("a file");
-        std::env::set_current_dir(&here).expect("a working directory");
-        let done = AtomicBool::new(false);
-        let lost = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    File::create(there.join("guest")).expect("a file");
-                    std::fs::remove_file(there.join("guest")).expect("it can be removed");
-                }
-            });
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    std::fs::metadata(here.join("file")).expect("it is there");
-                }
-            });
-            let end = clock() + Duration::from_secs(8);
-            let mut lost = 0;
-            while clock() < end {
-                lost += u64::from(std::env::current_dir().is_err());
+/// Were the kernel made to forget all names (FUSE_NOTIFY_INC_EPOCH), it would drop directories from its tree until they are
+/// looked up again; one that is somebody's working directory counts as removed meanwhile.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_working_directory_is_not_lost_while_others_change_it() {
+    let cluster = RealCluster::up(&Options::default());
+    let (here, there) = (cluster.mount(1).join("a/b/c"), cluster.mount(3).join("a/b/c"));
+    std::fs::create_dir_all(&here).expect("a directory");
+    File::create(here.join("file")).expect("a file");
+    std::env::set_current_dir(&here).expect("a working directory");
+    let done = AtomicBool::new(false);
+    let lost = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                File::create(there.join("guest")).expect("a file");
+                std::fs::remove_file(there.join("guest")).expect("it can be removed");
             }
-            done.store(true, Ordering::Relaxed);
-            lost
         });
-        std::env::set_current_dir("/").expect("a working directory");
-        assert_eq!(lost, 0, "times that the working directory was not found");
-    }
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::fs::metadata(here.join("file")).expect("it is there");
+            }
+        });
+        let end = clock() + Duration::from_secs(8);
+        let mut lost = 0;
+        while clock() < end {
+            lost += u64::from(std::env::current_dir().is_err());
+        }
+        done.store(true, Ordering::Relaxed);
+        lost
+    });
+    std::env::set_current_dir("/").expect("a working directory");
+    assert_eq!(lost, 0, "times that the working directory was not found");
 }

@@ -76,10 +76,6 @@ impl<D: Disk> Front<D> {
         if self.company.has_others() { Duration::ZERO } else { (self.lifetime)() }
     }
 
-    fn names_lifetime(&self) -> Duration {
-        if self.notify.has_epochs() { self.lifetime() } else { Duration::ZERO }
-    }
-
     fn told(attributes: &Attributes) -> Option<Told> {
         translate::is_file(attributes).then(|| Told {
             mtime: translate::nanoseconds(attributes.mtime),
@@ -94,7 +90,7 @@ impl<D: Disk> Front<D> {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
-                let names = self.known.tell_name(start, parent.0, false, self.names_lifetime());
+                let names = self.known.tell_name(start, parent.0, self.lifetime());
                 let ttl = exact.map_or(Duration::ZERO, |_| self.lifetime());
                 let ttl =
                     self.known.tell(start, exact.unwrap_or(0), node, attributes.generation, Self::told(&attributes), true, ttl);
@@ -636,7 +632,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let identity = &front.identity;
-            let names = front.known.tell_name(start, ino.0, true, front.names_lifetime());
+            let names = front.known.tell_name(start, ino.0, front.lifetime());
             let result = front
                 .fs
                 .read_directory(

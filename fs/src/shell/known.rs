@@ -1,18 +1,18 @@
 //! What one kernel mount was told, and so may still believe.
 //!
-//! For every inode that the kernel knows: how often it looked it up, whether it holds attributes or names on the strength
-//! of a token, which (mtime, size) it was told at which data version, and how old its pages may be.
+//! For every inode that the kernel knows: how often it looked it up, whether it holds attributes, and until when names, on the
+//! strength of a token, which (mtime, size) it was told at which data version, and how old its pages may be.
 //!
 //! Invariants:
-//! - `attributes` (`names`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
-//!   revocation, which then tells the kernel. So a revocation never misses a reply.
+//! - `attributes` (`named_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
+//!   revocation, which then tells the kernel (or waits). So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - One (mtime, size) stands for one data version in `told`; an answer that would break this first purges the pages.
 //! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
 //!
 //! Excludes: telling the kernel (`notify`), and what the answers mean (`fuse`).
 //!
-//! Why replies need no lock: the kernel notes its attribute version (and its epoch) when it *sends* LOOKUP, GETATTR and
+//! Why replies need no lock: the kernel notes its attribute version when it *sends* LOOKUP, GETATTR and
 //! READDIRPLUS, and drops from the answer what an invalidation has overtaken. It does not do so for SETATTR, CREATE, MKDIR
 //! and the like: their answers carry attributes with a lifetime of zero.
 //!
@@ -32,9 +32,13 @@ const SHARDS: usize = 64;
 /// Remembered (mtime, size, version) per inode. The kernel holds the last that it accepted; it rejects one only if an
 /// invalidation overtook it, so that many in a row cannot be missed.
 const TOLD_MAX: usize = 8;
-/// After another node changed a directory, names in it are not cached for this long: it is probably being written by both,
-/// and every revocation throws away all names of the mount. (The kernel then also takes a working directory for removed until
-/// somebody has looked it up again.) The time doubles whenever that was too short.
+/// How long the kernel may believe a name. Names are not taken back (the kernel can be made to forget them all, but then drops
+/// directories that are in use until they are looked up again, so that `getcwd()` fails there): they run out.
+pub(crate) const NAME_LIFETIME: Duration = Duration::from_millis(100);
+/// When a name that was told has run out for sure: the kernel counts in ticks of up to 10 ms, from when it takes the answer in.
+const NAME_RUNS_OUT: Duration = Duration::from_millis(200);
+/// After another node had to wait for names to run out, those of this directory are not cached for this long: it is probably
+/// being written by both. The time doubles whenever that was too short.
 const SHARED_DIRECTORY: Duration = Duration::from_secs(1);
 /// The longest such time.
 const SHARED_DIRECTORY_MAX: Duration = Duration::from_secs(60);
@@ -71,8 +75,8 @@ struct Inode {
     shared: Option<(Instant, Duration)>,
     asked_at: Option<Instant>,
     attributes: bool,
-    names: bool,
-    listed: bool,
+    /// When names in it were last told.
+    named_at: Option<Instant>,
     /// The oldest data version that the kernel's pages may hold; `None`: it has no pages.
     pages: Option<u64>,
     told: Vec<Told>,
@@ -103,15 +107,13 @@ impl Inode {
     fn revoke(&mut self, number: u64) -> Forgotten {
         let forgotten = Forgotten {
             attributes: self.attributes,
-            names: self.names,
-            listed: self.listed,
+            names: self.named_at.map_or(Duration::ZERO, |at| NAME_RUNS_OUT.saturating_sub(at.elapsed())),
             pages: self.pages.is_some(),
             revocation: Revocation(number),
         };
         self.revoked = number;
         self.attributes = false;
-        self.names = false;
-        self.listed = false;
+        self.named_at = None;
         self.settled = false;
         self.answered.clear();
         forgotten
@@ -141,10 +143,8 @@ pub(crate) struct Revocation(u64);
 pub(crate) struct Forgotten {
     /// Invalidate its attributes.
     pub(crate) attributes: bool,
-    /// Invalidate the names in it (it is a directory).
-    pub(crate) names: bool,
-    /// Names were given by READDIRPLUS, too, for which the kernel notes its epoch only when the answer arrives.
-    pub(crate) listed: bool,
+    /// Wait until the names in it have run out (it is a directory).
+    pub(crate) names: Duration,
     /// It has pages, which memory mappings go on using until they are purged.
     pub(crate) pages: bool,
     /// Which revocation this is.
@@ -274,8 +274,8 @@ impl Known {
         }
     }
 
-    /// A name in a directory is about to be sent: how long may the kernel believe it? `listed`: by READDIRPLUS.
-    pub(crate) fn tell_name(&self, start: Moment, directory: u64, listed: bool, ttl: Duration) -> Duration {
+    /// A name in a directory is about to be sent: how long may the kernel believe it? At most `ttl`.
+    pub(crate) fn tell_name(&self, start: Moment, directory: u64, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
         let recently = inode.revoked_at.is_some_and(|at| at.elapsed() < SHARED_DIRECTORY);
@@ -284,9 +284,8 @@ impl Known {
             return Duration::ZERO;
         }
         inode.revoked_at = None;
-        inode.names = true;
-        inode.listed |= listed;
-        ttl
+        inode.named_at = Some(Instant::now());
+        ttl.min(NAME_LIFETIME)
     }
 
     /// Data of this version is about to be sent to a thread for the page cache.
@@ -331,7 +330,7 @@ impl Known {
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
         let now = Instant::now();
         inode.revoked_at = Some(now);
-        if inode.names {
+        if inode.named_at.is_some_and(|at| now - at < NAME_RUNS_OUT) {
             let time = match inode.shared {
                 Some((since, time)) if now - since < time * 8 => (time * 2).min(SHARED_DIRECTORY_MAX),
                 _ => SHARED_DIRECTORY * 2,
@@ -339,6 +338,16 @@ impl Known {
             inode.shared = Some((now, time));
         }
         inode.revoke(number)
+    }
+
+    /// Attributes of an inode were changed by this node itself, on nobody's behalf. Whether the kernel must be told.
+    pub(crate) fn changed(&self, ino: u64) -> bool {
+        let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut shard = self.shard(ino).lock();
+        let Some(inode) = shard.get_mut(&ino) else { return false };
+        // Answers that are under way may be older.
+        inode.revoked = number;
+        std::mem::take(&mut inode.attributes)
     }
 
     /// Whether the pages of an inode whose last revocation was this one are to be purged now. Who asks about the inode again
@@ -355,14 +364,14 @@ impl Known {
         }
     }
 
-    /// All tokens are gone. Returns every inode of which the kernel believes attributes or has pages.
+    /// All tokens are gone. Returns every inode of which the kernel believes something or has pages.
     pub(crate) fn revoke_all(&self) -> Vec<(u64, Forgotten)> {
         let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
         let mut all = Vec::new();
         for shard in &self.shards {
             for (ino, inode) in shard.lock().iter_mut() {
                 let forgotten = inode.revoke(number);
-                if forgotten.attributes || forgotten.pages {
+                if forgotten.attributes || forgotten.pages || !forgotten.names.is_zero() {
                     all.push((*ino, forgotten));
                 }
             }
@@ -466,24 +475,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn names_in_a_directory_shared_with_writers_are_not_cached() {
+    async fn names_run_out_and_are_not_cached_in_a_directory_shared_with_writers() {
         let known = Known::new();
+        let tell = || known.tell_name(known.begin(), 1, TTL);
         known.tell(known.begin(), 0, 1, 1, None, true, TTL);
-        assert_eq!(known.tell_name(known.begin(), 1, false, TTL), TTL);
-        assert!(known.revoke(1).names);
-        assert_eq!(known.tell_name(known.begin(), 1, false, TTL), Duration::ZERO);
+        assert_eq!(tell(), NAME_LIFETIME);
+        tokio::time::advance(NAME_LIFETIME).await;
+        assert_eq!(known.revoke(1).names, NAME_RUNS_OUT - NAME_LIFETIME);
+        assert_eq!(known.revoke(1).names, Duration::ZERO);
+        assert_eq!(tell(), Duration::ZERO);
         tokio::time::advance(SHARED_DIRECTORY * 2).await;
-        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
-        assert!(known.revoke(1).listed);
+        assert_eq!(tell(), NAME_LIFETIME);
+        assert_eq!(known.revoke(1).names, NAME_RUNS_OUT);
         // Again: it was too short.
         tokio::time::advance(SHARED_DIRECTORY * 3).await;
-        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), Duration::ZERO);
+        assert_eq!(tell(), Duration::ZERO);
         tokio::time::advance(SHARED_DIRECTORY).await;
-        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
-        // Long ago.
+        assert_eq!(tell(), NAME_LIFETIME);
+        // Nobody has to wait for names that were told long ago.
         tokio::time::advance(SHARED_DIRECTORY_MAX).await;
-        assert!(known.revoke(1).names);
-        tokio::time::advance(SHARED_DIRECTORY * 2).await;
-        assert_eq!(known.tell_name(known.begin(), 1, true, TTL), TTL);
+        assert_eq!(known.revoke(1).names, Duration::ZERO);
+        tokio::time::advance(SHARED_DIRECTORY).await;
+        assert_eq!(tell(), NAME_LIFETIME);
     }
 }

@@ -1,9 +1,9 @@
 //! Telling the kernel that something which it believes is no longer so.
 //!
-//! Two kinds of notification exist. Attribute-only invalidation and the epoch never wait for a lock in the kernel: they are
-//! sent at once, from wherever a token is given up, before that is acknowledged. Purging pages waits for page locks, which
-//! the kernel holds during READ and WRITE requests that may in turn wait for a token: it is done by threads of its own, and
-//! only the answer to one GETATTR (which holds no page lock) ever waits for it.
+//! Two kinds of notification are used. Attribute-only invalidation never waits for a lock in the kernel: it is sent at once,
+//! from wherever a token is given up, before that is acknowledged. Purging pages waits for page locks, which the kernel holds
+//! during READ and WRITE requests that may in turn wait for a token: it is done by threads of its own, and only the answer to
+//! one GETATTR (which holds no page lock) ever waits for it. Names are not taken back at all, they run out (`known`).
 //!
 //! Invariants:
 //! - No thread that serves requests or gives up tokens purges pages.
@@ -17,7 +17,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -33,7 +32,6 @@ const REFRESH_AFTER: Duration = Duration::from_millis(30);
 const REFRESH_RETRY: Duration = Duration::from_millis(3);
 
 const FUSE_NOTIFY_INVAL_INODE: i32 = 2;
-const FUSE_NOTIFY_INC_EPOCH: i32 = 8;
 
 /// The mount's own descriptor of /dev/fuse, for notifications that `fuser` does not know or whose result it hides.
 #[derive(Debug)]
@@ -71,11 +69,6 @@ impl Device {
     fn purge_pages(&self, ino: u64) -> io::Result<bool> {
         known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, 0, 0]))
     }
-
-    /// Makes the kernel look up every name of the mount anew. Never waits. An error if it does not know how.
-    pub(crate) fn forget_names(&self) -> io::Result<()> {
-        self.send(FUSE_NOTIFY_INC_EPOCH, &[])
-    }
 }
 
 fn known(result: io::Result<()>) -> io::Result<bool> {
@@ -102,11 +95,8 @@ pub(crate) struct Notify {
     urgent: mpsc::Sender<Job>,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
-    epochs: AtomicBool,
     /// Room for refreshes that wait for their time.
     refreshes: Arc<Semaphore>,
-    /// A repeated epoch is under way.
-    repeating: Arc<AtomicBool>,
     runtime: Handle,
 }
 
@@ -117,29 +107,7 @@ impl Notify {
         let (casual, casual_jobs) = mpsc::channel(QUEUE_MAX);
         lane("pulsar-purge", device.clone(), urgent_jobs)?;
         lane("pulsar-refresh", device.clone(), casual_jobs)?;
-        Ok(Notify {
-            device,
-            urgent,
-            casual,
-            epochs: AtomicBool::new(false),
-            refreshes: Arc::new(Semaphore::new(QUEUE_MAX)),
-            repeating: Arc::default(),
-            runtime,
-        })
-    }
-
-    /// Finds out, once the kernel has been greeted, whether it knows epochs.
-    pub(crate) fn probe(&self) {
-        let knows = self.device.forget_names().is_ok();
-        if !knows {
-            tracing::info!("this kernel has no FUSE_NOTIFY_INC_EPOCH (it came with Linux 6.16): names are not cached");
-        }
-        self.epochs.store(knows, Ordering::Release);
-    }
-
-    /// Whether names may be given a lifetime, since they can be taken back.
-    pub(crate) fn has_epochs(&self) -> bool {
-        self.epochs.load(Ordering::Acquire)
+        Ok(Notify { device, urgent, casual, refreshes: Arc::new(Semaphore::new(QUEUE_MAX)), runtime })
     }
 
     /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
@@ -160,22 +128,6 @@ impl Notify {
             }
             Ok(false) => {}
             Err(error) => tracing::debug!(ino, %error, "cannot invalidate attributes"),
-        }
-    }
-
-    /// Takes names back, at once. `listed`: some were given by READDIRPLUS, whose answer the kernel stamps with the epoch
-    /// at which it arrives, so that one on its way must be taken back again.
-    pub(crate) fn forget_names(&self, listed: bool) {
-        if let Err(error) = self.device.forget_names() {
-            tracing::debug!(%error, "cannot invalidate names");
-        }
-        if listed && !self.repeating.swap(true, Ordering::AcqRel) {
-            let (device, repeating) = (self.device.clone(), self.repeating.clone());
-            self.runtime.spawn(async move {
-                tokio::time::sleep(Duration::from_millis(AGAIN_MS[4])).await;
-                repeating.store(false, Ordering::Release);
-                let _ = device.forget_names();
-            });
         }
     }
 
@@ -213,11 +165,6 @@ impl Notify {
                 }
             }
         });
-    }
-
-    /// Takes all names back.
-    pub(crate) fn reset_names(&self) {
-        let _ = self.device.forget_names();
     }
 }
 

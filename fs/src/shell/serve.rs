@@ -100,7 +100,9 @@ impl<D: Disk> Server<D> {
         let identity = Identity::new(self.fs.root());
         let company = Company::join(&self.mounts.live);
         // Before anything of this mount can change something.
-        self.mounts.each(|peer| peer.distrust());
+        let mut believed = Duration::ZERO;
+        self.mounts.each(|peer| believed = believed.max(peer.distrust()));
+        let not_before = tokio::time::Instant::now() + believed;
         let handles = Arc::new(Handles::default());
         if let Some((locks, _)) = &options.locks {
             *self.mounts.locks.lock() = Arc::downgrade(locks);
@@ -142,7 +144,6 @@ impl<D: Disk> Server<D> {
         let directory = options.directory.clone();
         let thread = std::thread::Builder::new().name("pulsar-fuse".to_owned()).spawn(move || {
             let result = Session::from_fd(Fuse(front.clone()), fuse, SessionACL::All, config).and_then(|session| {
-                front.notify.probe();
                 state.send_replace(State::Ready);
                 if let Some(directory) = directory {
                     // Beside the session, since it looks at the mount.
@@ -159,7 +160,7 @@ impl<D: Disk> Server<D> {
             state.send_replace(State::Ended(result.as_ref().err().map(ToString::to_string)));
             result
         })?;
-        Ok(MountHandle { directory: options.directory, states, thread: Some(thread) })
+        Ok(MountHandle { directory: options.directory, states, not_before, thread: Some(thread) })
     }
 }
 
@@ -178,7 +179,7 @@ async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mounts: Weak<Mounts>, mut stop: 
         }
         let changed = fs.set_access_times().await;
         if let Some(mounts) = mounts.upgrade() {
-            changed.into_iter().for_each(|ino| mounts.each(|peer| peer.revoked(ino.0, None)));
+            changed.into_iter().for_each(|ino| mounts.each(|peer| peer.changed(ino.0)));
         }
     }
 }
@@ -203,6 +204,8 @@ enum State {
 pub struct MountHandle {
     directory: Option<PathBuf>,
     states: watch::Receiver<State>,
+    /// Until then other mounts of the node may believe what they were told before this one was there.
+    not_before: tokio::time::Instant,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
@@ -218,6 +221,7 @@ impl MountHandle {
     /// # Errors
     /// The session ended instead.
     pub async fn ready(&self) -> io::Result<()> {
+        tokio::time::sleep_until(self.not_before).await;
         let mut states = self.states.clone();
         match states.wait_for(|s| *s != State::Starting).await.as_deref() {
             Ok(State::Ended(reason)) => Err(io::Error::other(reason.clone().unwrap_or_else(|| "the mount is gone".to_owned()))),
@@ -276,18 +280,21 @@ impl Drop for MountHandle {
 
 /// One mount, as the upcalls see it.
 trait Peer: Send + Sync {
-    fn revoked(&self, ino: u64, keep: Option<Mode>);
+    /// Returns after what time nothing of it is believed any more.
+    fn revoked(&self, ino: u64, keep: Option<Mode>) -> Duration;
+    /// This node changed attributes of an inode by itself.
+    fn changed(&self, ino: u64);
     /// All tokens were lost, and the lease before them.
     fn reset(&self);
-    /// Things may change from now on without any token moving.
-    fn distrust(&self);
+    /// Things may change from now on without any token moving. Returns after what time nothing is believed any more.
+    fn distrust(&self) -> Duration;
 }
 
 impl<D: Disk> Peer for Front<D> {
-    fn revoked(&self, ino: u64, keep: Option<Mode>) {
+    fn revoked(&self, ino: u64, keep: Option<Mode>) -> Duration {
         if keep.is_some() {
             // What was read under the token stays true while nobody else may write.
-            return;
+            return Duration::ZERO;
         }
         let node = self.identity.node(crate::Ino(ino));
         let forgotten = self.known.revoke(node);
@@ -295,25 +302,32 @@ impl<D: Disk> Peer for Front<D> {
             let known = self.known.clone();
             self.notify.forget_attributes(node, move || known.contains(node));
         }
-        if forgotten.names {
-            self.notify.forget_names(forgotten.listed);
-        }
         if forgotten.pages {
             self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
+        }
+        forgotten.names
+    }
+
+    fn changed(&self, ino: u64) {
+        let node = self.identity.node(crate::Ino(ino));
+        if self.known.changed(node) {
+            let known = self.known.clone();
+            self.notify.forget_attributes(node, move || known.contains(node));
         }
     }
 
     fn reset(&self) {
-        // Attributes that the kernel believed have run out with the node's lease. Invalidating them now would make the kernel
+        // Names and attributes that the kernel believed have run out with the node's lease. Invalidating them now would make the kernel
         // drop the answers to requests that waited for the cluster meanwhile.
         let inodes = self.known.revoke_all();
-        self.notify.reset_names();
         let pages = inodes.into_iter().filter(|(_, forgotten)| forgotten.pages).map(|(ino, f)| (ino, f.revocation));
         self.notify.refresh(pages.collect(), self.known.clone());
     }
 
-    fn distrust(&self) {
+    fn distrust(&self) -> Duration {
+        let mut names = Duration::ZERO;
         for (ino, forgotten) in self.known.revoke_all() {
+            names = names.max(forgotten.names);
             if forgotten.attributes {
                 let known = self.known.clone();
                 self.notify.forget_attributes(ino, move || known.contains(ino));
@@ -322,7 +336,7 @@ impl<D: Disk> Peer for Front<D> {
                 self.notify.refresh(vec![(ino, forgotten.revocation)], self.known.clone());
             }
         }
-        self.notify.reset_names();
+        names
     }
 }
 
@@ -357,7 +371,7 @@ struct Mounts {
 }
 
 impl Mounts {
-    fn each(&self, tell: impl Fn(&dyn Peer)) {
+    fn each(&self, mut tell: impl FnMut(&dyn Peer)) {
         let peers: Vec<Arc<dyn Peer>> = {
             let mut peers = self.peers.lock();
             peers.retain(|peer| peer.strong_count() > 0);
@@ -370,10 +384,12 @@ impl Mounts {
 }
 
 impl Upcalls for Mounts {
-    fn revoked(&self, object: ObjectId, keep: Option<Mode>) {
+    fn revoked(&self, object: ObjectId, keep: Option<Mode>) -> Duration {
+        let mut wait = Duration::ZERO;
         if let ObjectId::Inode(ino) = object {
-            self.each(|peer| peer.revoked(ino, keep));
+            self.each(|peer| wait = wait.max(peer.revoked(ino, keep)));
         }
+        wait
     }
 
     fn reset(&self) {

@@ -187,7 +187,8 @@ impl DiskShared {
         });
         if let Some(upcalls) = self.upcalls.get() {
             for object in dropped {
-                upcalls.revoked(object, None);
+                // Nothing to wait for: it exists no more, and what takes its place has another generation.
+                let _ = upcalls.revoked(object, None);
             }
         }
         self.outcome(outcome);
@@ -235,6 +236,7 @@ impl DiskShared {
 
     /// A token is wanted elsewhere, and has no users any more.
     pub(super) fn revoke(self: &Arc<Self>, object: ObjectId, keep: Option<Mode>, generation: u64) {
+        let mut wait = Duration::ZERO;
         let flush = if let ObjectId::Region(mirror, n) = object {
             let mut state = self.state.lock();
             let written = state.allocator.close((MirrorId(mirror), n));
@@ -242,21 +244,26 @@ impl DiskShared {
             self.begin_flush(&mut state, &targets)
         } else {
             if let Some(upcalls) = self.upcalls.get() {
-                upcalls.revoked(object, keep);
+                wait = upcalls.revoked(object, keep);
             }
             self.begin_flush(&mut self.state.lock(), &[FlushTarget::Object(object)])
         };
-        match flush {
-            None => self.give_up(object, keep, generation),
-            Some(done) => {
-                let disk = self.clone();
-                self.node.spawn(async move {
-                    if done.await.is_ok() {
-                        disk.give_up(object, keep, generation);
-                    }
-                });
-            }
+        if flush.is_none() && wait.is_zero() {
+            return self.give_up(object, keep, generation);
         }
+        let (disk, until) = (self.clone(), tokio::time::Instant::now() + wait);
+        self.node.spawn(async move {
+            let durable = match flush {
+                Some(done) => done.await.is_ok(),
+                None => true,
+            };
+            if durable {
+                if !wait.is_zero() {
+                    tokio::time::sleep_until(until).await;
+                }
+                disk.give_up(object, keep, generation);
+            }
+        });
     }
 
     fn give_up(self: &Arc<Self>, object: ObjectId, keep: Option<Mode>, generation: u64) {

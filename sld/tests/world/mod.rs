@@ -24,8 +24,9 @@ pub(crate) struct Told {
 }
 
 impl Upcalls for Told {
-    fn revoked(&self, object: ObjectId, keep: Option<Mode>) {
+    fn revoked(&self, object: ObjectId, keep: Option<Mode>) -> Duration {
         self.revoked.lock().push((object, keep));
+        Duration::ZERO
     }
     fn reset(&self) {
         *self.resets.lock() += 1;

@@ -160,7 +160,7 @@ fn model(context: &Context) -> Tally {
 fn mounted(context: &Context, tests: &[&str]) -> Tally {
     let mut args = vec!["test", "--release", "-p", "pulsar-tests", "--no-fail-fast"];
     args.extend(tests.iter().flat_map(|test| ["--test", test]));
-    args.extend(["--", "--ignored", "--test-threads", "1", "--skip", "open_findings"]);
+    args.extend(["--", "--ignored", "--test-threads", "1"]);
     cargo_test(context, &args)
 }
 
