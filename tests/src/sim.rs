@@ -68,8 +68,13 @@ impl Planted {
     #[must_use]
     pub fn plan(self, seed: u64, nodes: usize) -> Plan {
         let mode = if seed.is_multiple_of(2) { Mode::Exact } else { Mode::Concurrent };
-        let mode = if self == Planted::NoFsync { Mode::Concurrent } else { mode };
-        let steps = if mode == Mode::Exact { 200 } else { 60 };
+        let mode = if matches!(self, Planted::NoFsync | Planted::EndlessLease) { Mode::Concurrent } else { mode };
+        let steps = match mode {
+            Mode::Exact => 200,
+            // Somebody who is cut off must be asked in the moment in which it matters.
+            Mode::Concurrent if self == Planted::EndlessLease => 120,
+            Mode::Concurrent => 60,
+        };
         Plan { seed, nodes, steps, faults: Faults::All, mode, planted: Some(self) }
     }
 }
