@@ -234,11 +234,10 @@ impl Program {
             Op::Close { slot: 0 },
         ];
         if self.all(made).await && self.rng.percent(50) {
-            let doubts = self.doubts();
             match self.run(Op::Unlink { path }).await {
                 Ok(_) => {}
-                // The file may have been among what was lost.
-                Err(errno::ENOENT | errno::EIO) if doubts != 0 => {}
+                // The file may have been among what was lost, also while this waited.
+                Err(errno::ENOENT | errno::EIO) if self.doubts() != 0 => {}
                 Err(error) => self.shared.fail(format!("n{}: removing a file fails with errno {error}", self.node + 1)),
             }
         }
