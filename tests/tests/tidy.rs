@@ -74,14 +74,19 @@ fn nothing_is_left_to_do() {
 
 #[test]
 fn nothing_tells_of_the_machine_it_was_written_on() {
+    // Where this checkout is, and whose it is; who has no home (or the root directory) has no name to tell.
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|path| path.display().to_string());
+    let places: Vec<String> = [checkout, std::env::var("HOME").ok()]
+        .into_iter()
+        .flatten()
+        .map(|place| format!("{}/", place.trim_end_matches('/')))
+        .filter(|place| place.len() > 2)
+        .collect();
     let mut problems = Vec::new();
     for (name, text) in files() {
-        if name.ends_with("tests/tidy.rs") {
-            continue;
-        }
         for (at, line) in text.lines().enumerate() {
-            for word in ["/work/", "/root/", "/home/"] {
-                if line.contains(word) {
+            for word in &places {
+                if line.contains(word.as_str()) {
                     problems.push(format!("{name}:{}: {word}", at + 1));
                 }
             }
