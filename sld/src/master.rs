@@ -15,6 +15,7 @@ use crate::api::{Mode, ObjectId};
 use crate::message::{Asserted, History, Membership, Msg, region_of};
 use cluster::{BlockNo, NodeId};
 use mirror::REGION_BLOCKS;
+use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A token in the hands of a node.
@@ -34,18 +35,80 @@ struct Waiting {
     steal: bool,
 }
 
+/// Who holds an object, in the order of nodes: nearly always one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Holders(SmallVec<[(NodeId, Held); 1]>);
+
+impl Holders {
+    fn find(&self, node: NodeId) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&node, |(n, _)| *n)
+    }
+
+    fn get(&self, node: NodeId) -> Option<&Held> {
+        self.find(node).ok().map(|at| &self.0[at].1)
+    }
+
+    fn get_mut(&mut self, node: NodeId) -> Option<&mut Held> {
+        self.find(node).ok().map(|at| &mut self.0[at].1)
+    }
+
+    fn insert(&mut self, node: NodeId, held: Held) {
+        match self.find(node) {
+            Ok(at) => self.0[at].1 = held,
+            Err(at) => self.0.insert(at, (node, held)),
+        }
+    }
+
+    fn remove(&mut self, node: NodeId) {
+        if let Ok(at) = self.find(node) {
+            self.0.remove(at);
+        }
+    }
+}
+
+/// What is known of one object. There may be hundreds of thousands, most of which have a holder and nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Entry {
-    holders: BTreeMap<NodeId, Held>,
-    queue: VecDeque<Waiting>,
-    opens: BTreeSet<NodeId>,
+    holders: Holders,
+    /// `None` if there would be nothing in it.
+    wanted: Option<Box<Wanted>>,
     /// Whoever might have adopted it has been asked since it was last unknown.
     asked: bool,
 }
 
+/// Who wants an object without holding it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    queue: VecDeque<Waiting>,
+    opens: BTreeSet<NodeId>,
+}
+
 impl Entry {
     fn is_empty(&self) -> bool {
-        self.holders.is_empty() && self.queue.is_empty() && self.opens.is_empty()
+        self.holders.0.is_empty() && self.wanted.is_none()
+    }
+
+    fn queue(&self) -> impl Iterator<Item = &Waiting> {
+        self.wanted.iter().flat_map(|w| &w.queue)
+    }
+
+    fn opens(&self) -> impl Iterator<Item = NodeId> {
+        self.wanted.iter().flat_map(|w| &w.opens).copied()
+    }
+
+    /// More is wanted of it.
+    fn want(&mut self, add: impl FnOnce(&mut Wanted)) {
+        add(self.wanted.get_or_insert_default());
+    }
+
+    /// Less is.
+    fn unwant(&mut self, remove: impl FnOnce(&mut Wanted)) {
+        if let Some(wanted) = &mut self.wanted {
+            remove(wanted);
+            if wanted.queue.is_empty() && wanted.opens.is_empty() {
+                self.wanted = None;
+            }
+        }
     }
 }
 
@@ -87,10 +150,12 @@ impl Master {
             if !mine(*object) {
                 return false;
             }
-            e.holders.retain(|n, _| alive(n));
-            e.queue.retain(|w| alive(&w.node));
-            e.opens.retain(|n| alive(n));
-            e.asked &= !(e.holders.is_empty() && e.queue.is_empty());
+            e.holders.0.retain(|(n, _)| alive(n));
+            e.unwant(|wanted| {
+                wanted.queue.retain(|w| alive(&w.node));
+                wanted.opens.retain(|n| alive(n));
+            });
+            e.asked &= !(e.holders.0.is_empty() && e.queue().next().is_none());
             !e.is_empty()
         });
         self.reserved.retain(|block, n| alive(n) && mine(ObjectId::Inode(*block)));
@@ -180,12 +245,11 @@ impl Master {
     }
 
     fn request(&mut self, from: NodeId, object: ObjectId, mode: Mode, steal: bool, out: &mut Sends) {
-        let entry = self.objects.entry(object).or_default();
         // Asked again after an epoch change: the same place in the queue.
-        match entry.queue.iter_mut().find(|w| w.node == from) {
+        self.objects.entry(object).or_default().want(|wanted| match wanted.queue.iter_mut().find(|w| w.node == from) {
             Some(w) => (w.mode, w.steal) = (mode, steal),
-            None => entry.queue.push_back(Waiting { node: from, mode, steal }),
-        }
+            None => wanted.queue.push_back(Waiting { node: from, mode, steal }),
+        });
         self.pump(object, out);
     }
 
@@ -196,18 +260,20 @@ impl Master {
             return Some(*node);
         }
         let region = self.objects.get(&region_of(BlockNo::unpack(packed)))?;
-        region.holders.iter().find(|(_, h)| h.mode == Mode::Exclusive).map(|(n, _)| *n)
+        region.holders.0.iter().find(|(_, h)| h.mode == Mode::Exclusive).map(|(n, _)| *n)
     }
 
     fn release(&mut self, from: NodeId, object: ObjectId, seq: u64, keep: Option<Mode>, open: bool) {
-        if let Some(held) = self.objects.get_mut(&object).and_then(|e| e.holders.get_mut(&from))
+        if let Some(held) = self.objects.get_mut(&object).and_then(|e| e.holders.get_mut(from))
             && held.seq == seq
         {
             held.revoking = false;
             match keep {
                 Some(mode) => held.mode = held.mode.min(mode),
                 None => {
-                    self.objects.get_mut(&object).and_then(|e| e.holders.remove(&from));
+                    if let Some(e) = self.objects.get_mut(&object) {
+                        e.holders.remove(from);
+                    }
                 }
             }
         }
@@ -216,27 +282,30 @@ impl Master {
 
     fn set_open(&mut self, from: NodeId, object: ObjectId, open: bool) {
         if open {
-            self.objects.entry(object).or_default().opens.insert(from);
+            self.objects.entry(object).or_default().want(|wanted| {
+                wanted.opens.insert(from);
+            });
         } else if let Some(e) = self.objects.get_mut(&object) {
-            e.opens.remove(&from);
+            e.unwant(|wanted| {
+                wanted.opens.remove(&from);
+            });
         }
     }
 
     /// A node tells of a token that it took without asking.
     fn register(&mut self, from: NodeId, a: Asserted) {
         let entry = self.objects.entry(a.object).or_default();
-        let clash = entry.holders.iter().any(|(n, h)| *n != from && (h.mode == Mode::Exclusive || a.mode == Mode::Exclusive));
+        let clash = entry.holders.0.iter().any(|(n, h)| *n != from && (h.mode == Mode::Exclusive || a.mode == Mode::Exclusive));
         debug_assert!(!clash, "{from} asserts {a:?} against {entry:?}");
         if clash {
             tracing::error!(node = %from, asserted = ?a, "a token is asserted that another node holds; refused");
             return;
         }
         self.seq = self.seq.max(a.seq);
-        let held = entry.holders.entry(from).or_insert(Held { mode: a.mode, seq: a.seq, revoking: false });
-        if held.seq < a.seq {
-            *held = Held { mode: a.mode, seq: a.seq, revoking: false };
-        } else {
-            held.mode = a.mode; // a revoke with a number presumed by us is on its way, and will be answered by it
+        match entry.holders.get_mut(from) {
+            // A revoke with a number presumed by us is on its way, and will be answered by it.
+            Some(held) if held.seq >= a.seq => held.mode = a.mode,
+            _ => entry.holders.insert(from, Held { mode: a.mode, seq: a.seq, revoking: false }),
         }
     }
 
@@ -246,11 +315,13 @@ impl Master {
             let named: BTreeSet<ObjectId> = parts.tokens.iter().map(|a| a.object).collect();
             let opens: BTreeSet<ObjectId> = parts.opens.iter().copied().collect();
             for (object, e) in &mut self.objects {
-                if !named.contains(object) && e.holders.get(&from).is_some_and(|h| h.seq <= asked_at) {
-                    e.holders.remove(&from);
+                if !named.contains(object) && e.holders.get(from).is_some_and(|h| h.seq <= asked_at) {
+                    e.holders.remove(from);
                 }
                 if !opens.contains(object) {
-                    e.opens.remove(&from);
+                    e.unwant(|wanted| {
+                        wanted.opens.remove(&from);
+                    });
                 }
             }
             self.reserved.retain(|_, n| *n != from);
@@ -266,7 +337,7 @@ impl Master {
     }
 
     fn pump_all(&mut self, out: &mut Sends) {
-        let waiting: Vec<ObjectId> = self.objects.iter().filter(|(_, e)| !e.queue.is_empty()).map(|(o, _)| *o).collect();
+        let waiting: Vec<ObjectId> = self.objects.iter().filter(|(_, e)| e.queue().next().is_some()).map(|(o, _)| *o).collect();
         for object in waiting {
             self.pump(object, out);
         }
@@ -276,22 +347,22 @@ impl Master {
     fn pump(&mut self, object: ObjectId, out: &mut Sends) {
         let ready = self.mirrors_recovered && (self.awaiting.is_empty() || !self.history.moved(object));
         while let Some(entry) = self.objects.get_mut(&object).filter(|_| ready) {
-            let Some(first) = entry.queue.front().copied() else { break };
+            let Some(first) = entry.queue().next().copied() else { break };
             let stands = |n: &NodeId, h: &Held| *n != first.node && (first.mode == Mode::Exclusive || h.mode == Mode::Exclusive);
-            if entry.holders.iter().any(|(n, h)| stands(n, h)) {
+            if entry.holders.0.iter().any(|(n, h)| stands(n, h)) {
                 if !first.steal {
-                    entry.queue.pop_front();
+                    entry.unwant(|wanted| drop(wanted.queue.pop_front()));
                     out.push((first.node, Msg::Denied { object }));
                     continue;
                 }
                 let keep = (first.mode == Mode::Shared).then_some(Mode::Shared);
-                for (n, h) in entry.holders.iter_mut().filter(|(n, h)| stands(n, h) && !h.revoking) {
+                for (n, h) in entry.holders.0.iter_mut().filter(|(n, h)| stands(n, h) && !h.revoking) {
                     h.revoking = true;
                     out.push((*n, Msg::Revoke { object, seq: h.seq, keep }));
                 }
                 break;
             }
-            if entry.holders.is_empty() && !entry.asked {
+            if entry.holders.0.is_empty() && !entry.asked {
                 entry.asked = true;
                 if let Some(node) = self.presumed(object).filter(|n| *n != first.node) {
                     self.seq += 1;
@@ -300,13 +371,13 @@ impl Master {
                 }
                 continue;
             }
-            entry.queue.pop_front();
+            entry.unwant(|wanted| drop(wanted.queue.pop_front()));
             self.seq += 1;
             let held = Held { mode: first.mode, seq: self.seq, revoking: false };
             // A weaker token than the one it has would be a step back that the node has not flushed for.
-            let mode = entry.holders.get(&first.node).map_or(first.mode, |h| h.mode.max(first.mode));
+            let mode = entry.holders.get(first.node).map_or(first.mode, |h| h.mode.max(first.mode));
             entry.holders.insert(first.node, Held { mode, ..held });
-            let open_elsewhere = entry.opens.iter().any(|n| *n != first.node);
+            let open_elsewhere = entry.opens().any(|n| n != first.node);
             let busy = self.busy(object);
             out.push((first.node, Msg::Grant { object, mode, seq: self.seq, open_elsewhere, busy }));
         }
@@ -329,11 +400,11 @@ impl Master {
 
     fn tidy(&mut self, object: ObjectId) {
         if let Some(e) = self.objects.get_mut(&object)
-            && e.holders.is_empty()
-            && e.queue.is_empty()
+            && e.holders.0.is_empty()
+            && e.queue().next().is_none()
         {
             e.asked = false;
-            if e.opens.is_empty() {
+            if e.is_empty() {
                 self.objects.remove(&object);
             }
         }
@@ -355,11 +426,12 @@ impl Master {
     pub fn check_invariants(&self) {
         for (object, e) in &self.objects {
             assert!(!e.is_empty(), "{object:?}: empty entry kept");
-            if e.holders.values().any(|h| h.mode == Mode::Exclusive) {
-                assert_eq!(e.holders.len(), 1, "{object:?}: exclusive beside others: {e:?}");
+            if e.holders.0.iter().any(|(_, h)| h.mode == Mode::Exclusive) {
+                assert_eq!(e.holders.0.len(), 1, "{object:?}: exclusive beside others: {e:?}");
             }
-            let nodes: BTreeSet<NodeId> = e.queue.iter().map(|w| w.node).collect();
-            assert_eq!(nodes.len(), e.queue.len(), "{object:?}: a node waits twice");
+            assert!(e.holders.0.is_sorted_by_key(|(n, _)| *n), "{object:?}: {e:?}");
+            let nodes: BTreeSet<NodeId> = e.queue().map(|w| w.node).collect();
+            assert_eq!(nodes.len(), e.queue().count(), "{object:?}: a node waits twice");
             assert_eq!(self.membership.master(*object).map(|m| m.0), Some(self.me), "{object:?} is not this master's");
         }
     }

@@ -4,7 +4,7 @@
 //! strength of a token, which (mtime, size) it was told at which data version, and how old its pages may be.
 //!
 //! Invariants:
-//! - `attributes` (`named_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
+//! - `attributes` (`Names::told_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
 //!   revocation, which then tells the kernel (or waits). So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - One (mtime, size) stands for one data version in `told`; an answer that would break this first purges the pages.
@@ -55,82 +55,155 @@ const ANSWERED_MAX: usize = 4;
 pub(crate) struct Moment(u64);
 
 /// Attributes that decide whether the kernel drops its pages by itself, and the version of the data they go with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Told {
-    /// Modification time in nanoseconds (any unambiguous number).
-    pub(crate) mtime: i128,
+    /// Modification time in nanoseconds (modulo 2^64: that two times 584 years apart look the same costs a purge at worst).
+    pub(crate) mtime: u64,
     /// Size in bytes.
     pub(crate) size: u64,
     /// Version of the data.
     pub(crate) version: u64,
 }
 
+/// When something happened, in units of 10 ms since the table was made; 0: never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Stamp(u32);
+
+/// The unit of `Stamp`.
+const STAMP_MS: u128 = 10;
+
+/// What is kept of each inode that the kernel knows, and there may be millions. What few of them need is in `Rest`.
 #[derive(Debug, Default)]
 struct Inode {
-    lookups: u64,
     generation: u64,
     revoked: u64,
-    revoked_at: Option<Instant>,
-    /// When names were last taken back, and how long none are to be cached from then on.
-    shared: Option<(Instant, Duration)>,
-    asked_at: Option<Instant>,
+    /// The last attributes that were told, if `has_told`.
+    last: Told,
+    /// See `pages()`.
+    pages: u64,
+    rest: Option<Box<Rest>>,
+    /// One that reached the maximum is not counted any more, and the inode never forgotten.
+    lookups: u32,
+    revoked_at: Stamp,
+    asked_at: Stamp,
+    has_told: bool,
+    has_pages: bool,
     attributes: bool,
-    /// When names in it were last told.
-    named_at: Option<Instant>,
-    /// The oldest data version that the kernel's pages may hold; `None`: it has no pages.
-    pages: Option<u64>,
-    told: Vec<Told>,
     /// The kernel has surely taken in an answer since the last revocation.
     settled: bool,
+}
+
+/// What is kept of some inodes only.
+#[derive(Debug, Default)]
+struct Rest {
+    /// Of directories in which names were told.
+    names: Option<Box<Names>>,
+    /// What was told before the last.
+    earlier: Vec<Told>,
     /// Threads that were answered since the last revocation.
     answered: Vec<u32>,
 }
 
+/// Names told in a directory.
+#[derive(Debug, Default)]
+struct Names {
+    /// When they were last told, since they were last revoked.
+    told_at: Option<Instant>,
+    /// When they were last taken back, and how long none are to be cached from then on.
+    shared: Option<(Instant, Duration)>,
+}
+
 impl Inode {
+    fn rest(&mut self) -> &mut Rest {
+        self.rest.get_or_insert_default()
+    }
+
+    fn names(&self) -> Option<&Names> {
+        self.rest.as_ref()?.names.as_deref()
+    }
+
+    fn names_mut(&mut self) -> Option<&mut Names> {
+        self.rest.as_mut()?.names.as_deref_mut()
+    }
+
+    /// The oldest data version that the kernel's pages may hold; `None`: it has no pages.
+    fn pages(&self) -> Option<u64> {
+        self.has_pages.then_some(self.pages)
+    }
+
+    fn set_pages(&mut self, pages: Option<u64>) {
+        (self.has_pages, self.pages) = (pages.is_some(), pages.unwrap_or(0));
+    }
+
+    fn told(&self) -> impl Iterator<Item = &Told> {
+        let earlier = self.rest.iter().flat_map(|rest| &rest.earlier);
+        self.has_told.then_some(&self.last).into_iter().chain(earlier)
+    }
+
+    fn answered(&self) -> &[u32] {
+        self.rest.as_ref().map_or(&[], |rest| &rest.answered)
+    }
+
     /// A thread that was answered before is here again, so it has taken that answer in.
     fn heard(&mut self, thread: u32) {
-        if !self.settled && thread != 0 && self.answered.contains(&thread) {
+        if !self.settled && thread != 0 && self.answered().contains(&thread) {
             self.settled = true;
-            self.answered.clear();
+            self.rest().answered = Vec::new();
         }
     }
 
     fn answer(&mut self, thread: u32) {
         if !self.settled && thread != 0 {
-            if self.answered.len() == ANSWERED_MAX {
-                self.answered.remove(0);
+            let answered = &mut self.rest().answered;
+            if answered.len() == ANSWERED_MAX {
+                answered.remove(0);
             }
-            self.answered.push(thread);
+            answered.push(thread);
         }
     }
 
     fn revoke(&mut self, number: u64) -> Forgotten {
+        let told_at = self.names_mut().and_then(|names| names.told_at.take());
         let forgotten = Forgotten {
             attributes: self.attributes,
-            names: self.named_at.map_or(Duration::ZERO, |at| NAME_RUNS_OUT.saturating_sub(at.elapsed())),
-            pages: self.pages.is_some(),
+            names: told_at.map_or(Duration::ZERO, |at| NAME_RUNS_OUT.saturating_sub(at.elapsed())),
+            pages: self.has_pages,
             revocation: Revocation(number),
         };
         self.revoked = number;
         self.attributes = false;
-        self.named_at = None;
         self.settled = false;
-        self.answered.clear();
+        if let Some(rest) = &mut self.rest {
+            rest.answered = Vec::new();
+        }
         forgotten
     }
 
     fn conflicts(&self, new: Told) -> bool {
-        self.told.iter().any(|t| t.mtime == new.mtime && t.size == new.size && t.version != new.version)
+        self.told().any(|t| t.mtime == new.mtime && t.size == new.size && t.version != new.version)
     }
 
     fn remember(&mut self, new: Told) {
-        if self.told.contains(&new) {
+        if self.told().any(|t| *t == new) {
             return;
         }
-        if self.told.len() == TOLD_MAX {
-            self.told.remove(0);
+        if self.has_told {
+            let last = self.last;
+            let earlier = &mut self.rest().earlier;
+            if earlier.len() + 1 == TOLD_MAX {
+                earlier.remove(0);
+            }
+            earlier.reserve_exact(1);
+            earlier.push(last);
         }
-        self.told.push(new);
+        (self.has_told, self.last) = (true, new);
+    }
+
+    fn forget_told(&mut self) {
+        self.has_told = false;
+        if let Some(rest) = &mut self.rest {
+            rest.earlier = Vec::new();
+        }
     }
 }
 
@@ -172,10 +245,14 @@ impl Drop for Asking<'_> {
     }
 }
 
+/// Boxed, so that room for more costs little when the table grows.
+type Shard = HashMap<u64, Box<Inode>>;
+
 /// The table.
 #[derive(Debug)]
 pub(crate) struct Known {
-    shards: Vec<Mutex<HashMap<u64, Inode>>>,
+    shards: Vec<Mutex<Shard>>,
+    since: Instant,
     revocations: AtomicU64,
     asking: AtomicUsize,
 }
@@ -184,6 +261,7 @@ impl Known {
     pub(crate) fn new() -> Self {
         Known {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            since: Instant::now(),
             revocations: AtomicU64::new(1),
             asking: AtomicUsize::new(0),
         }
@@ -195,9 +273,19 @@ impl Known {
         Asking(&self.asking)
     }
 
-    fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Inode>> {
+    fn shard(&self, ino: u64) -> &Mutex<Shard> {
         // Inodes made one after the other differ in their low bits.
         &self.shards[(ino ^ (ino >> 32)) as usize % SHARDS]
+    }
+
+    fn stamp(&self) -> Stamp {
+        Stamp(u32::try_from(self.since.elapsed().as_millis() / STAMP_MS + 1).unwrap_or(u32::MAX))
+    }
+
+    /// The time since then; `None`: it never was.
+    fn elapsed(&self, stamp: Stamp) -> Option<Duration> {
+        let past = self.stamp().0.saturating_sub(stamp.0);
+        (stamp != Stamp::default()).then(|| Duration::from_millis(u64::from(past) * STAMP_MS as u64))
     }
 
     /// To be called before an operation asks for its tokens.
@@ -227,18 +315,18 @@ impl Known {
         let mut shard = self.shard(ino).lock();
         let was_known = shard.contains_key(&ino);
         // An inode that is new to the kernel is made with what it is first told, whatever has been invalidated meanwhile.
-        let inode = shard.entry(ino).or_insert_with(|| Inode { settled: true, ..Inode::default() });
+        let inode = shard.entry(ino).or_insert_with(|| Box::new(Inode { settled: true, ..Inode::default() }));
         if inode.generation != generation {
             // The kernel makes a new inode of it, without pages. The look-ups of the old one are still to be forgotten.
             inode.generation = generation;
-            inode.pages = None;
-            inode.told.clear();
+            inode.set_pages(None);
+            inode.forget_told();
         }
-        inode.lookups += u64::from(looked_up);
+        inode.lookups = inode.lookups.saturating_add(u32::from(looked_up));
         let current = self.is_current(start, inode, was_known);
         inode.heard(thread);
         if !looked_up {
-            inode.asked_at = Some(Instant::now());
+            inode.asked_at = self.stamp();
         }
         let conflicts = told.is_some_and(|told| inode.conflicts(told));
         let mut lifetime = Duration::ZERO;
@@ -269,8 +357,8 @@ impl Known {
     /// The pages of an inode were purged, at a time at which its data was at least at this version.
     pub(crate) fn purged(&self, ino: u64, told: Told) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.told.clear();
-            inode.told.push(told);
+            inode.forget_told();
+            inode.remember(told);
         }
     }
 
@@ -278,13 +366,14 @@ impl Known {
     pub(crate) fn tell_name(&self, start: Moment, directory: u64, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
-        let recently = inode.revoked_at.is_some_and(|at| at.elapsed() < SHARED_DIRECTORY);
-        let contended = recently || inode.shared.is_some_and(|(since, time)| since.elapsed() < time);
+        let recently = self.elapsed(inode.revoked_at).is_some_and(|time| time < SHARED_DIRECTORY);
+        let shared = inode.names().and_then(|names| names.shared);
+        let contended = recently || shared.is_some_and(|(since, time)| since.elapsed() < time);
         if ttl.is_zero() || contended || !self.is_current(start, inode, true) {
             return Duration::ZERO;
         }
-        inode.revoked_at = None;
-        inode.named_at = Some(Instant::now());
+        inode.revoked_at = Stamp::default();
+        inode.rest().names.get_or_insert_default().told_at = Some(Instant::now());
         ttl.min(NAME_LIFETIME)
     }
 
@@ -292,7 +381,7 @@ impl Known {
     pub(crate) fn tell_pages(&self, ino: u64, thread: u32, version: u64) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
             inode.heard(thread);
-            inode.pages = Some(inode.pages.map_or(version, |old| old.min(version)));
+            inode.set_pages(Some(inode.pages().map_or(version, |old| old.min(version))));
         }
     }
 
@@ -300,9 +389,9 @@ impl Known {
     pub(crate) fn keeps_pages(&self, ino: u64, version: u64) -> bool {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return false };
-        let keep = inode.pages.is_none_or(|pages| pages == version);
+        let keep = inode.pages().is_none_or(|pages| pages == version);
         if !keep {
-            inode.pages = None;
+            inode.set_pages(None);
         }
         keep
     }
@@ -311,7 +400,9 @@ impl Known {
     pub(crate) fn forget(&self, ino: u64, lookups: u64) {
         let mut shard = self.shard(ino).lock();
         if let Some(inode) = shard.get_mut(&ino) {
-            inode.lookups = inode.lookups.saturating_sub(lookups);
+            if inode.lookups != u32::MAX {
+                inode.lookups = inode.lookups.saturating_sub(u32::try_from(lookups).unwrap_or(u32::MAX));
+            }
             if inode.lookups == 0 {
                 shard.remove(&ino);
             }
@@ -329,13 +420,15 @@ impl Known {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
         let now = Instant::now();
-        inode.revoked_at = Some(now);
-        if inode.named_at.is_some_and(|at| now - at < NAME_RUNS_OUT) {
-            let time = match inode.shared {
+        inode.revoked_at = self.stamp();
+        if let Some(names) = inode.names_mut()
+            && names.told_at.is_some_and(|at| now - at < NAME_RUNS_OUT)
+        {
+            let time = match names.shared {
                 Some((since, time)) if now - since < time * 8 => (time * 2).min(SHARED_DIRECTORY_MAX),
                 _ => SHARED_DIRECTORY * 2,
             };
-            inode.shared = Some((now, time));
+            names.shared = Some((now, time));
         }
         inode.revoke(number)
     }
@@ -354,9 +447,9 @@ impl Known {
     /// and again needs no purge, and is not to be met by one.
     pub(crate) fn refresh(&self, ino: u64, revocation: Revocation) -> Refresh {
         let shard = self.shard(ino).lock();
-        let wanted = |i: &&Inode| i.revoked == revocation.0 && i.pages.is_some() && !i.settled && i.answered.is_empty();
+        let wanted = |i: &&Box<Inode>| i.revoked == revocation.0 && i.has_pages && !i.settled && i.answered().is_empty();
         let Some(inode) = shard.get(&ino).filter(wanted) else { return Refresh::Needless };
-        let asked = inode.asked_at.map_or(Duration::ZERO, |at| ASKS_AGAIN.saturating_sub(at.elapsed()));
+        let asked = self.elapsed(inode.asked_at).map_or(Duration::ZERO, |time| ASKS_AGAIN.saturating_sub(time));
         match asked {
             Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 => Refresh::Later(BUSY),
             Duration::ZERO => Refresh::Now,
@@ -386,6 +479,12 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(1);
     const M: Told = Told { mtime: 5, size: 10, version: 1 };
+
+    /// The kernel may know millions of inodes, and gives them up only when it needs their memory: about 1 KiB each.
+    #[test]
+    fn an_inode_takes_a_tenth_of_what_it_takes_in_the_kernel() {
+        assert!(size_of::<Inode>() <= 72, "{}", size_of::<Inode>());
+    }
 
     #[test]
     fn an_answer_overtaken_by_a_revocation_is_not_believed() {

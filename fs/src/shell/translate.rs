@@ -78,9 +78,9 @@ pub(crate) fn errno(error: &FsError) -> Errno {
     Errno::from_i32(error.errno())
 }
 
-/// An unambiguous number for a time.
-pub(crate) fn nanoseconds(time: Time) -> i128 {
-    i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos)
+/// A number for a time: unambiguous but for times that are 584 years apart.
+pub(crate) fn nanoseconds(time: Time) -> u64 {
+    time.seconds.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(u64::from(time.nanos))
 }
 
 fn system_time(time: Time) -> SystemTime {
