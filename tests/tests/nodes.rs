@@ -109,6 +109,9 @@ fn locks_of_a_dead_node_are_free_and_those_of_others_stay() {
             if kind != "flock" {
                 assert_eq!(other.ask(&format!("{kind} 0 ex 20 10")), ok());
             }
+            // And all of the file in the other way, which has nothing to do with these.
+            let apart = if kind == "flock" { "fcntl" } else { "flock" };
+            assert_eq!(other.ask(&format!("{apart} 0 ex")), ok());
             cluster.kill(&[victim]);
             let begun = clock();
             assert_eq!(waiter.answer(SOON), Some(ok()), "{kind}: the lock of n{victim}, which died\n{}", cluster.logs());
@@ -117,6 +120,7 @@ fn locks_of_a_dead_node_are_free_and_those_of_others_stay() {
             let mut late = locker(&third);
             let place = if kind == "flock" { "0 0" } else { "20 10" };
             assert_eq!(late.ask(&format!("{kind} 0 ex {place}")), Err(libc::EAGAIN), "{kind}: a lock of n2 is gone");
+            assert_eq!(late.ask(&format!("{apart} 0 ex")), Err(libc::EAGAIN), "{apart}: a lock of n2 is gone");
             assert_eq!((waiter.ask(&format!("{kind} 0 un")), other.ask(&format!("{kind} 0 un"))), (ok(), ok()));
             drop((holder, waiter, other));
             late.tell(&format!("{kind} 0 ex 0 0 wait"));

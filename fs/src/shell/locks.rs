@@ -1,14 +1,16 @@
 //! File locks of processes on this node: from the kernel to the cluster-wide lock service.
 //!
-//! POSIX record locks and flock share one space, as with NFS: a flock is a lock on the whole file, owned by the open file.
+//! Record locks (`fcntl`) and flock are two spaces that never meet. Which one a request is for is seen from the system call of
+//! its thread. Where that cannot be seen a request for the whole file is for both: it excludes whatever it may have to.
 //!
 //! A wait for a lock ends with any signal, as it does on a local file system.
 
 use super::fuse::Front;
 use super::signal;
+use super::syscall::{LockCall, lock_call};
 use fuser::{Errno, FileHandle, INodeNo, LockOwner, ReplyEmpty, ReplyLock};
 use nix::libc::{F_RDLCK, F_UNLCK, F_WRLCK};
-use sld::locks::{LockAnswer, LockKind, LockRange};
+use sld::locks::{LockAnswer, LockKind, LockRange, LockSpace, LockTarget, Wait};
 use sld::{Disk, Locks, ObjectId};
 use std::sync::Arc;
 
@@ -28,22 +30,22 @@ fn kind(typ: i32) -> Option<LockKind> {
 }
 
 impl<D: Disk> Front<D> {
-    fn lock_object(&self, node: INodeNo) -> ObjectId {
-        ObjectId::Inode(self.identity.ino(node).0)
+    fn target(&self, node: INodeNo, space: LockSpace) -> LockTarget {
+        LockTarget { object: ObjectId::Inode(self.identity.ino(node).0), space }
     }
 
     fn lock_service(&self) -> Result<&Arc<Locks>, Errno> {
         self.locks.as_ref().ok_or(Errno::ENOSYS)
     }
 
-    /// `F_GETLK`.
+    /// `F_GETLK`: tells of record locks only.
     pub(super) async fn get_lock(&self, node: INodeNo, owner: LockOwner, start: u64, end: u64, typ: i32, reply: ReplyLock) {
         let (locks, kind) = match (self.lock_service(), kind(typ)) {
             (Ok(locks), Some(kind)) => (locks, kind),
             (Err(e), _) => return reply.error(e),
             (_, None) => return reply.error(Errno::EINVAL),
         };
-        match locks.query(self.lock_object(node), owner.0, range(start, end), kind).await {
+        match locks.query(self.target(node, LockSpace::Record), owner.0, range(start, end), kind).await {
             Ok(LockAnswer::Conflict(held)) => {
                 let typ = if held.kind == LockKind::Read { F_RDLCK } else { F_WRLCK };
                 // A process of another node has no number here.
@@ -74,29 +76,67 @@ impl<D: Disk> Front<D> {
             Ok(locks) => locks,
             Err(e) => return reply.error(e),
         };
-        let (object, range) = (self.lock_object(node), range(start, end));
-        let Some(kind) = kind(typ) else {
-            return match locks.unlock(object, owner.0, range).await {
-                Ok(()) => reply.ok(),
-                Err(_) => reply.error(Errno::EIO),
-            };
+        let (range, kind) = (range(start, end), kind(typ));
+        let call = match range {
+            // Where it makes no difference nobody is looked at: a part of a file is a matter of record locks only.
+            LockRange::ALL => lock_call(thread, typ).await,
+            _ if wait && kind.is_some() => lock_call(thread, typ).await.or(Some(LockCall::Process)),
+            _ => Some(LockCall::Process),
         };
-        match locks.lock(object, owner.0, range, kind, pid, wait, signal::interrupted(thread)).await {
-            Ok(LockAnswer::Done) => {
-                self.handles.locked(handle, owner);
-                reply.ok();
+        let spaces = match call {
+            Some(LockCall::Flock) => &[LockSpace::Flock][..],
+            Some(LockCall::Process | LockCall::OpenFile) => &[LockSpace::Record],
+            // Always in this order, so that two who do this do not wait for each other.
+            None => &[LockSpace::Flock, LockSpace::Record],
+        };
+        let Some(kind) = kind else {
+            for space in spaces {
+                if locks.unlock(self.target(node, *space), owner.0, range).await.is_err() {
+                    return reply.error(Errno::EIO);
+                }
             }
-            Ok(LockAnswer::Cancelled) => reply.error(Errno::EINTR),
-            Ok(LockAnswer::Deadlock) => reply.error(Errno::EDEADLK),
-            Ok(_) => reply.error(Errno::EAGAIN),
-            Err(_) => reply.error(Errno::EIO),
+            return reply.ok();
+        };
+        if spaces.len() > 1 {
+            // Of two, one may be held when its process is killed.
+            self.handles.locked(handle, owner);
         }
+        for space in spaces {
+            let target = self.target(node, *space);
+            let wait = match (wait, space, call) {
+                (false, ..) => Wait::No,
+                // As everywhere: whether a circle of these never ends is not known, since any process can unlock.
+                (true, LockSpace::Flock, _) | (true, _, Some(LockCall::OpenFile)) => Wait::Forever,
+                (true, LockSpace::Record, _) => Wait::UnlessDeadlock,
+            };
+            // A shared flock that becomes exclusive is given up first, even if that is refused then: so two who do this at a
+            // time do not wait for each other. See flock(2).
+            if *space == LockSpace::Flock && kind == LockKind::Write && locks.holds(target, owner.0) == Some(LockKind::Read) {
+                let _ = locks.unlock(target, owner.0, range).await;
+            }
+            let answer = locks.lock(target, owner.0, range, kind, pid, wait, signal::interrupted(thread)).await;
+            let error = match answer {
+                Ok(LockAnswer::Done) => continue,
+                Ok(LockAnswer::Cancelled) => Errno::EINTR,
+                Ok(LockAnswer::Deadlock) => Errno::EDEADLK,
+                Ok(_) => Errno::EAGAIN,
+                Err(_) => Errno::EIO,
+            };
+            if spaces.len() > 1 && *space == LockSpace::Record {
+                // Only one of the two: neither.
+                let _ = locks.unlock(self.target(node, LockSpace::Flock), owner.0, range).await;
+            }
+            return reply.error(error);
+        }
+        self.handles.locked(handle, owner);
+        reply.ok();
     }
 
-    /// A file was closed: its owner's locks on it are gone.
+    /// A file was closed: all locks of this owner on it are gone.
     pub(super) async fn close_locks(&self, node: INodeNo, owner: LockOwner) {
-        if let Some(locks) = &self.locks {
-            let _ = locks.unlock(self.lock_object(node), owner.0, LockRange::ALL).await;
+        let Some(locks) = &self.locks else { return };
+        for space in [LockSpace::Flock, LockSpace::Record] {
+            let _ = locks.unlock(self.target(node, space), owner.0, LockRange::ALL).await;
         }
     }
 }

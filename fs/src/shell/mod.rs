@@ -8,6 +8,7 @@ mod mount;
 mod notify;
 mod serve;
 mod signal;
+mod syscall;
 mod translate;
 
 pub use fuse::Lifetime;

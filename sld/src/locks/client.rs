@@ -8,7 +8,7 @@
 //!
 //! Excludes: who grants (`master`), waking the process that waits (the shell).
 
-use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest};
+use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest, LockTarget, Wait};
 use super::table::{HeldLock, LockKind, LockRange, LockTable};
 use crate::api::ObjectId;
 use cluster::{Epoch, Incarnation, NodeId};
@@ -21,7 +21,7 @@ const REASSERT_LOCKS_MAX: usize = 8_192;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pending {
-    object: ObjectId,
+    target: LockTarget,
     owner: u64,
     range: LockRange,
     request: LockRequest,
@@ -34,8 +34,9 @@ struct Pending {
 }
 
 impl Pending {
+    /// Whether it is one of those that may wait for each other in a circle and are not to.
     fn waits(&self) -> bool {
-        matches!(self.request, LockRequest::Lock { wait: true, .. }) && !self.cancelling
+        matches!(self.request, LockRequest::Lock { wait: Wait::UnlessDeadlock, .. }) && !self.cancelling
     }
 
     /// What its process is told when it has been cancelled.
@@ -52,7 +53,7 @@ pub struct LockClient {
     epoch: Epoch,
     /// Members of the epoch; empty while this node is not one of them.
     members: Vec<NodeId>,
-    held: BTreeMap<ObjectId, LockTable<LockOwner>>,
+    held: BTreeMap<LockTarget, LockTable<LockOwner>>,
     pending: BTreeMap<u64, Pending>,
     /// Tickets whose answers have arrived, by master, to be told with the next request.
     answered: BTreeMap<NodeId, Vec<u64>>,
@@ -112,9 +113,9 @@ impl LockClient {
     /// This node is not a member any more (or not yet again): what it held is gone.
     pub fn lose(&mut self, out: &mut Vec<LockOutput>) {
         self.members.clear();
-        let lost: Vec<ObjectId> = std::mem::take(&mut self.held).into_keys().collect();
+        let lost: BTreeSet<ObjectId> = std::mem::take(&mut self.held).into_keys().map(|target| target.object).collect();
         if !lost.is_empty() {
-            out.push(LockOutput::Lost(lost));
+            out.push(LockOutput::Lost(lost.into_iter().collect()));
         }
         // With the locks gone there is nothing to give up, and nobody is asked to cancel.
         let over: Vec<(u64, LockAnswer)> = self
@@ -142,8 +143,8 @@ impl LockClient {
             for (ticket, p) in self.pending.iter().filter(|(_, p)| p.waits()) {
                 let owner = self.owner(p.owner);
                 let chase = Chase { owner, ticket: *ticket, round, victim: (owner, *ticket) };
-                let message = LockMessage::Waits { epoch: self.epoch, chase, object: p.object, ticket: *ticket };
-                out.push(LockOutput::Send(master_of(p.object), message));
+                let message = LockMessage::Waits { epoch: self.epoch, chase, target: p.target, ticket: *ticket };
+                out.push(LockOutput::Send(master_of(p.target.object), message));
             }
         }
     }
@@ -152,15 +153,15 @@ impl LockClient {
         // What is being given up is not asserted, so it is gone from here, too: even if the request for less (a downgrade
         // of a part) is refused later, others may hold by then what was not asserted.
         self.held = self.relied_on();
-        let mut locks: Vec<(ObjectId, HeldLock<LockOwner>)> = self
+        let mut locks: Vec<(LockTarget, HeldLock<LockOwner>)> = self
             .held
             .iter()
-            .filter(|(object, _)| master_of(**object) == master)
-            .flat_map(|(object, table)| table.held().iter().map(|h| (*object, h.clone())))
+            .filter(|(target, _)| master_of(target.object) == master)
+            .flat_map(|(target, table)| table.held().iter().map(|h| (*target, h.clone())))
             .collect();
         self.answered.remove(&master);
         let pending: Vec<(u64, Pending)> =
-            self.pending.iter().filter(|(_, p)| master_of(p.object) == master).map(|(t, p)| (*t, p.clone())).collect();
+            self.pending.iter().filter(|(_, p)| master_of(p.target.object) == master).map(|(t, p)| (*t, p.clone())).collect();
         let tickets: Vec<u64> = pending.iter().map(|(t, _)| *t).collect();
         loop {
             let rest = locks.split_off(locks.len().min(REASSERT_LOCKS_MAX));
@@ -185,7 +186,7 @@ impl LockClient {
         let message = LockMessage::Request {
             epoch: self.epoch,
             ticket,
-            object: p.object,
+            target: p.target,
             owner: self.owner(p.owner),
             range: p.range,
             request,
@@ -197,7 +198,7 @@ impl LockClient {
     /// A process wants something. The answer comes under the ticket that is returned; with no epoch to ask in, later.
     pub fn ask(
         &mut self,
-        object: ObjectId,
+        target: LockTarget,
         owner: u64,
         range: LockRange,
         request: LockRequest,
@@ -207,14 +208,14 @@ impl LockClient {
         self.next_ticket += 1;
         let ticket = self.next_ticket;
         // The usual close of a file that was never locked costs no message.
-        let pending_here = self.pending.values().any(|p| p.object == object && p.owner == owner);
-        if request == LockRequest::Unlock && !pending_here && !self.holds(object, owner) {
+        let pending_here = self.pending.values().any(|p| p.target == target && p.owner == owner);
+        if request == LockRequest::Unlock && !pending_here && self.holds(target, owner).is_none() {
             out.push(LockOutput::Answered(ticket, LockAnswer::Done));
             return ticket;
         }
-        let p = Pending { object, owner, range, request, cancelling: false, deadlock: false, chased: BTreeSet::new() };
+        let p = Pending { target, owner, range, request, cancelling: false, deadlock: false, chased: BTreeSet::new() };
         if !self.members.is_empty() {
-            out.push(self.request(master_of(object), ticket, &p, request));
+            out.push(self.request(master_of(target.object), ticket, &p, request));
         }
         self.pending.insert(ticket, p);
         ticket
@@ -231,7 +232,7 @@ impl LockClient {
         }
         p.cancelling = true;
         let p = p.clone();
-        out.push(self.request(master_of(p.object), ticket, &p, LockRequest::Cancel));
+        out.push(self.request(master_of(p.target.object), ticket, &p, LockRequest::Cancel));
     }
 
     /// A master's message.
@@ -259,8 +260,8 @@ impl LockClient {
             if p.chased.insert((chase.owner, chase.ticket, chase.round)) {
                 let here = (LockOwner { node, incarnation, id: p.owner }, *ticket);
                 let chase = Chase { victim: chase.victim.max(here), ..chase };
-                let message = LockMessage::Waits { epoch, chase, object: p.object, ticket: *ticket };
-                out.push(LockOutput::Send(master_of(p.object), message));
+                let message = LockMessage::Waits { epoch, chase, target: p.target, ticket: *ticket };
+                out.push(LockOutput::Send(master_of(p.target.object), message));
             }
         }
     }
@@ -273,19 +274,19 @@ impl LockClient {
         match (&p.request, &answer) {
             (LockRequest::Lock { kind, pid, .. }, LockAnswer::Done) => {
                 let lock = HeldLock { owner, range: p.range, kind: *kind, pid: *pid };
-                let mut table = self.held.remove(&p.object).unwrap_or_default();
+                let mut table = self.held.remove(&p.target).unwrap_or_default();
                 if table.conflict(&lock.owner, lock.range, lock.kind).is_some() {
                     // Another process of this node has given it up, and that answer was lost with a session.
-                    self.give_up_pending(p.object, &mut table);
+                    self.give_up_pending(p.target, &mut table);
                 }
                 table.lock(lock);
-                self.held.insert(p.object, table);
+                self.held.insert(p.target, table);
             }
             (LockRequest::Unlock, LockAnswer::Done) => {
-                if let Some(table) = self.held.get_mut(&p.object) {
+                if let Some(table) = self.held.get_mut(&p.target) {
                     table.unlock(&owner, p.range);
                     if table.is_empty() {
-                        self.held.remove(&p.object);
+                        self.held.remove(&p.target);
                     }
                 }
             }
@@ -298,10 +299,10 @@ impl LockClient {
     /// What this node's processes rely on holding: what was granted, less what they are giving up. The master may have
     /// taken that already, and may have granted it to others, though its answer is still on the way.
     #[must_use]
-    pub fn relied_on(&self) -> BTreeMap<ObjectId, LockTable<LockOwner>> {
+    pub fn relied_on(&self) -> BTreeMap<LockTarget, LockTable<LockOwner>> {
         let mut held = self.held.clone();
-        for (object, table) in &mut held {
-            self.give_up_pending(*object, table);
+        for (target, table) in &mut held {
+            self.give_up_pending(*target, table);
         }
         held.retain(|_, table| !table.is_empty());
         held
@@ -314,8 +315,8 @@ impl LockClient {
     }
 
     /// Takes from a table of this node's locks what its processes are giving up.
-    fn give_up_pending(&self, object: ObjectId, table: &mut LockTable<LockOwner>) {
-        for p in self.pending.values().filter(|p| p.object == object) {
+    fn give_up_pending(&self, target: LockTarget, table: &mut LockTable<LockOwner>) {
+        for p in self.pending.values().filter(|p| p.target == target) {
             match p.request {
                 LockRequest::Unlock => {
                     table.unlock(&self.owner(p.owner), p.range);
@@ -326,20 +327,20 @@ impl LockClient {
         }
     }
 
-    /// Whether an owner holds any lock on an object.
+    /// The strongest lock that an owner holds there.
     #[must_use]
-    pub fn holds(&self, object: ObjectId, owner: u64) -> bool {
+    pub fn holds(&self, target: LockTarget, owner: u64) -> Option<LockKind> {
         let owner = self.owner(owner);
-        self.held.get(&object).is_some_and(|t| t.held().iter().any(|h| h.owner == owner))
+        self.held.get(&target)?.held().iter().filter(|h| h.owner == owner).map(|h| h.kind).max()
     }
 
     /// Panics if an invariant of this file is broken.
     pub fn check_invariants(&self) {
-        for (object, table) in &self.held {
+        for (target, table) in &self.held {
             table.check_invariants();
             assert!(!table.is_empty());
             for h in table.held() {
-                assert_eq!((h.owner.node, h.owner.incarnation), (self.me, self.incarnation), "{object:?} of another life");
+                assert_eq!((h.owner.node, h.owner.incarnation), (self.me, self.incarnation), "{target:?} of another life");
             }
         }
     }

@@ -7,9 +7,8 @@
 //!
 //! Excludes: which node is the master of what (`placement`), and what a client remembers (`client`).
 
-use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest};
+use super::message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest, LockTarget, Wait};
 use super::table::{HeldLock, LockKind, LockRange, LockTable};
-use crate::api::ObjectId;
 use cluster::{Epoch, Incarnation, NodeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -23,10 +22,11 @@ struct Waiter {
     range: LockRange,
     kind: LockKind,
     pid: u32,
+    wait: Wait,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Object {
+struct Locked {
     table: LockTable<LockOwner>,
     waiters: VecDeque<Waiter>,
 }
@@ -41,7 +41,7 @@ pub struct LockMaster {
     members: BTreeMap<NodeId, Incarnation>,
     /// Members that have not yet re-asserted everything.
     missing: BTreeSet<NodeId>,
-    objects: BTreeMap<ObjectId, Object>,
+    targets: BTreeMap<LockTarget, Locked>,
     /// Answers that may not have arrived: a repeated request gets the same one. (A second "unlock" carried out after the
     /// lock that followed it would take that lock away.)
     answers: BTreeMap<(NodeId, u64), LockAnswer>,
@@ -57,7 +57,7 @@ impl LockMaster {
         self.epoch = epoch;
         self.missing = members.keys().copied().collect();
         self.members = members;
-        self.objects.clear();
+        self.targets.clear();
         self.answers.clear();
         self.waiting = 0;
     }
@@ -96,21 +96,21 @@ impl LockMaster {
                 None
             }
             LockMessage::Request { .. } if !self.recovered() => Some((from, message)),
-            LockMessage::Request { ticket, object, owner, range, request, answered, .. } => {
+            LockMessage::Request { ticket, target, owner, range, request, answered, .. } => {
                 for t in answered {
                     self.answers.remove(&(from, t));
                 }
                 if let Some(answer) = self.answers.get(&(from, ticket)).filter(|_| request != LockRequest::Cancel) {
                     out.push((from, LockMessage::Answer { epoch: self.epoch, ticket, answer: answer.clone() }));
                 } else if range.start <= range.end {
-                    self.request(object, owner, ticket, range, request, out);
+                    self.request(target, owner, ticket, range, request, out);
                 }
                 None
             }
             LockMessage::Waits { epoch, .. } if epoch != self.epoch => None,
             LockMessage::Waits { .. } if !self.recovered() => Some((from, message)),
-            LockMessage::Waits { chase, object, ticket, .. } => {
-                self.chase(chase, object, from, ticket, out);
+            LockMessage::Waits { chase, target, ticket, .. } => {
+                self.chase(chase, target, from, ticket, out);
                 None
             }
             LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. } => None,
@@ -118,9 +118,9 @@ impl LockMaster {
     }
 
     /// A search has come to a request that may be waiting here: it goes on with those who are in its way.
-    fn chase(&self, chase: Chase, object: ObjectId, node: NodeId, ticket: u64, out: &mut LockSends) {
+    fn chase(&self, chase: Chase, target: LockTarget, node: NodeId, ticket: u64, out: &mut LockSends) {
         let epoch = self.epoch;
-        let Some(state) = self.objects.get(&object) else { return };
+        let Some(state) = self.targets.get(&target) else { return };
         let Some(waiter) = state.waiters.iter().find(|w| w.ticket == ticket && w.owner.node == node) else { return };
         let owners: BTreeSet<LockOwner> =
             state.table.conflicts(&waiter.owner, waiter.range, waiter.kind).map(|h| h.owner).collect();
@@ -136,29 +136,29 @@ impl LockMaster {
         out.extend(nodes.into_iter().map(|(node, owners)| (node, LockMessage::InTheWay { epoch, chase, owners })));
     }
 
-    /// Who waits for whom, for checks.
+    /// Who waits for whom, of those who must not do so in a circle; for checks.
     #[must_use]
     pub fn waits(&self) -> Vec<(LockOwner, LockOwner)> {
-        let edges = |o: &Object| {
+        let edges = |o: &Locked| {
             let of = |w: &Waiter| o.table.conflicts(&w.owner, w.range, w.kind).map(|h| (w.owner, h.owner)).collect::<Vec<_>>();
-            o.waiters.iter().flat_map(of).collect::<Vec<_>>()
+            o.waiters.iter().filter(|w| w.wait == Wait::UnlessDeadlock).flat_map(of).collect::<Vec<_>>()
         };
-        self.objects.values().flat_map(edges).collect()
+        self.targets.values().flat_map(edges).collect()
     }
 
-    fn reassert(&mut self, from: NodeId, life: Incarnation, locks: Vec<(ObjectId, HeldLock<LockOwner>)>, last: bool) {
+    fn reassert(&mut self, from: NodeId, life: Incarnation, locks: Vec<(LockTarget, HeldLock<LockOwner>)>, last: bool) {
         if !self.missing.contains(&from) {
             return;
         }
-        for (object, lock) in locks {
+        for (target, lock) in locks {
             if lock.owner.node != from || lock.owner.incarnation != life || lock.range.start > lock.range.end {
                 continue;
             }
-            let table = &mut self.objects.entry(object).or_default().table;
+            let table = &mut self.targets.entry(target).or_default().table;
             if table.conflict(&lock.owner, lock.range, lock.kind).is_none() {
                 table.lock(lock);
             } else {
-                debug_assert!(false, "two members re-assert conflicting locks on {object:?}");
+                debug_assert!(false, "two members re-assert conflicting locks on {target:?}");
             }
         }
         if last {
@@ -168,7 +168,7 @@ impl LockMaster {
 
     fn request(
         &mut self,
-        object: ObjectId,
+        target: LockTarget,
         owner: LockOwner,
         ticket: u64,
         range: LockRange,
@@ -176,7 +176,7 @@ impl LockMaster {
         out: &mut LockSends,
     ) {
         let epoch = self.epoch;
-        let state = self.objects.entry(object).or_default();
+        let state = self.targets.entry(target).or_default();
         let answers = &mut self.answers;
         let first = answers.get(&(owner.node, ticket)).cloned();
         let mut answer = |answer: LockAnswer| {
@@ -191,7 +191,7 @@ impl LockMaster {
             LockRequest::Unlock => {
                 state.table.unlock(&owner, range);
                 answer(LockAnswer::Done);
-                self.grant(object, out);
+                self.grant(target, out);
             }
             LockRequest::Cancel => {
                 let before = state.waiters.len();
@@ -214,27 +214,30 @@ impl LockMaster {
                         state.table.lock(HeldLock { owner, range, kind, pid });
                         answer(LockAnswer::Done);
                         // A downgrade may let others in.
-                        self.grant(object, out);
+                        self.grant(target, out);
                     }
-                    Some(held) if !wait || self.waiting >= WAITERS_MAX => answer(LockAnswer::Conflict(held)),
+                    Some(held) if wait == Wait::No || self.waiting >= WAITERS_MAX => answer(LockAnswer::Conflict(held)),
                     Some(_) => {
-                        state.waiters.push_back(Waiter { owner, ticket, range, kind, pid });
+                        state.waiters.push_back(Waiter { owner, ticket, range, kind, pid, wait });
                         self.waiting += 1;
-                        // A circle closes when its last owner begins to wait.
-                        self.chase(Chase { owner, ticket, round: 0, victim: (owner, ticket) }, object, owner.node, ticket, out);
+                        if wait == Wait::UnlessDeadlock {
+                            // A circle closes when its last owner begins to wait.
+                            let chase = Chase { owner, ticket, round: 0, victim: (owner, ticket) };
+                            self.chase(chase, target, owner.node, ticket, out);
+                        }
                     }
                 }
             }
         }
-        if self.objects.get(&object).is_some_and(|o| o.table.is_empty() && o.waiters.is_empty()) {
-            self.objects.remove(&object);
+        if self.targets.get(&target).is_some_and(|o| o.table.is_empty() && o.waiters.is_empty()) {
+            self.targets.remove(&target);
         }
     }
 
     /// Grants what no longer conflicts.
-    fn grant(&mut self, object: ObjectId, out: &mut LockSends) {
+    fn grant(&mut self, target: LockTarget, out: &mut LockSends) {
         let epoch = self.epoch;
-        let Some(Object { table, waiters }) = self.objects.get_mut(&object) else { return };
+        let Some(Locked { table, waiters }) = self.targets.get_mut(&target) else { return };
         // Again and again: what is granted may replace a stronger lock of its owner, and so let in others.
         loop {
             let before = waiters.len();
@@ -257,13 +260,13 @@ impl LockMaster {
     /// Panics if an invariant of this file is broken.
     pub fn check_invariants(&self) {
         let mut waiting = 0;
-        for (object, state) in &self.objects {
+        for (target, state) in &self.targets {
             state.table.check_invariants();
             for h in state.table.held() {
-                assert_eq!(self.members.get(&h.owner.node), Some(&h.owner.incarnation), "{object:?} is locked by a dead node");
+                assert_eq!(self.members.get(&h.owner.node), Some(&h.owner.incarnation), "{target:?} is locked by a dead node");
             }
             for w in &state.waiters {
-                assert!(state.table.conflict(&w.owner, w.range, w.kind).is_some(), "{object:?}: a waiter for a free lock");
+                assert!(state.table.conflict(&w.owner, w.range, w.kind).is_some(), "{target:?}: a waiter for a free lock");
             }
             waiting += state.waiters.len();
         }

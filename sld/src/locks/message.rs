@@ -9,6 +9,35 @@ use crate::api::ObjectId;
 use cluster::{Epoch, Incarnation, NodeId};
 use serde::{Deserialize, Serialize};
 
+/// Two kinds of locks that never meet: a file locked in one of these ways is free in the other, also for who locked it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum LockSpace {
+    /// `fcntl`: ranges of bytes, owned by a process or by an open file.
+    Record,
+    /// `flock`: whole files, owned by an open file.
+    Flock,
+}
+
+/// What a lock is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LockTarget {
+    /// The file.
+    pub object: ObjectId,
+    /// In which way it is locked.
+    pub space: LockSpace,
+}
+
+/// What to do about a lock that is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Wait {
+    /// Do not wait for it.
+    No,
+    /// Wait, if it is for ever.
+    Forever,
+    /// Wait, unless owners who all wait in this way wait for each other in a circle.
+    UnlessDeadlock,
+}
+
 /// A lock's owner: a kernel's lock owner number on one life of one node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct LockOwner {
@@ -29,8 +58,8 @@ pub enum LockRequest {
         kind: LockKind,
         /// Who asks, for `F_GETLK`.
         pid: u32,
-        /// Whether to wait for it.
-        wait: bool,
+        /// Whether to wait for what is in the way.
+        wait: Wait,
     },
     /// Give up what is held of the range.
     Unlock,
@@ -81,8 +110,8 @@ pub enum LockMessage {
         epoch: Epoch,
         /// Names the request within the client's life.
         ticket: u64,
-        /// The object.
-        object: ObjectId,
+        /// What is to be locked.
+        target: LockTarget,
         /// Whose lock.
         owner: LockOwner,
         /// Which bytes.
@@ -108,7 +137,7 @@ pub enum LockMessage {
         /// The client's life.
         incarnation: Incarnation,
         /// What it holds.
-        locks: Vec<(ObjectId, HeldLock<LockOwner>)>,
+        locks: Vec<(LockTarget, HeldLock<LockOwner>)>,
         /// Tickets of this master that are unanswered: it need remember no other answer.
         pending: Vec<u64>,
         /// Whether this was the last part.
@@ -130,7 +159,7 @@ pub enum LockMessage {
         /// The search.
         chase: Chase,
         /// What is waited for.
-        object: ObjectId,
+        target: LockTarget,
         /// The request's name.
         ticket: u64,
     },

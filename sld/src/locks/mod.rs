@@ -1,5 +1,7 @@
 //! Cluster-wide byte-range locks (`fcntl`, `flock`).
 //!
+//! `fcntl` and `flock` do not meet: what is locked is a file in one of two spaces ([`LockTarget`]).
+//!
 //! Each object's locks are kept by its master (the same member that masters its token); a node remembers what its own
 //! processes hold, and re-asserts it when an epoch begins, so that locks outlive every change but the end of their node.
 //! A node that is cut off loses its locks with its membership.
@@ -11,7 +13,7 @@ pub mod table;
 
 pub use client::{LockClient, LockOutput};
 pub use master::LockMaster;
-pub use message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest};
+pub use message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest, LockSpace, LockTarget, Wait};
 pub use table::{HeldLock, LockKind, LockRange, LockTable};
 
 #[cfg(test)]
@@ -184,13 +186,17 @@ mod tests {
                 60..=64 => self.adopt(node),
                 65..=90 => {
                     let object = ObjectId::Inode(self.below(3) as u64);
+                    // Waiting for a flock closes no circle, and stops who could.
+                    let space =
+                        if self.below(if self.single { 16 } else { 4 }) == 0 { LockSpace::Flock } else { LockSpace::Record };
                     let (a, b) = (self.below(8) as u64, self.below(8) as u64);
                     let range = LockRange { start: a.min(b), end: a.max(b) };
                     let kind = if self.below(2) == 0 { LockKind::Read } else { LockKind::Write };
                     // Processes with one thread mostly take locks and wait, so that circles arise.
                     let request = match if self.single { [1, 1, 1, 3][self.below(4)] } else { self.below(5) } {
-                        0 => LockRequest::Lock { kind, pid: 1, wait: false },
-                        1 => LockRequest::Lock { kind, pid: 1, wait: true },
+                        0 => LockRequest::Lock { kind, pid: 1, wait: Wait::No },
+                        1 if space == LockSpace::Flock => LockRequest::Lock { kind, pid: 1, wait: Wait::Forever },
+                        1 => LockRequest::Lock { kind, pid: 1, wait: Wait::UnlessDeadlock },
                         2 => LockRequest::Query { kind },
                         _ => LockRequest::Unlock,
                     };
@@ -201,7 +207,7 @@ mod tests {
                     let place = self.adopted[&node].1.clone();
                     let mut out = Vec::new();
                     let ticket = self.clients.get_mut(&node).unwrap().ask(
-                        object,
+                        LockTarget { object, space },
                         owner,
                         range,
                         request,
@@ -243,15 +249,15 @@ mod tests {
 
         /// No two members hold conflicting locks, as their own processes see it.
         fn check(&self) {
-            let mut all: BTreeMap<ObjectId, LockTable<LockOwner>> = BTreeMap::new();
+            let mut all: BTreeMap<LockTarget, LockTable<LockOwner>> = BTreeMap::new();
             for (node, client) in &self.clients {
                 client.check_invariants();
                 assert!(self.is_in(*node) || client.relied_on().is_empty(), "a node that is out holds locks");
-                for (object, table) in &client.relied_on() {
+                for (target, table) in &client.relied_on() {
                     for lock in table.held() {
-                        let table = all.entry(*object).or_default();
+                        let table = all.entry(*target).or_default();
                         if let Some(other) = table.conflict(&lock.owner, lock.range, lock.kind) {
-                            panic!("{object:?}: {lock:?} and {other:?} in epoch {}", self.epoch);
+                            panic!("{target:?}: {lock:?} and {other:?} in epoch {}", self.epoch);
                         }
                         table.lock(lock.clone());
                     }

@@ -1,7 +1,7 @@
-//! The byte-range locks of one object: POSIX record-lock semantics, pure.
+//! The byte-range locks of one object in one space: POSIX record-lock semantics, pure.
 //!
 //! An owner's locks never conflict with each other: a new one replaces what it covers of the old ones (splitting or
-//! merging them). flock is a lock on the whole range in the same space, as NFS has it.
+//! merging them). A flock is a lock on the whole range, in a table of its own.
 //!
 //! Invariants:
 //! - The ranges of one owner do not overlap, and touching ranges of one owner and kind are merged.

@@ -7,7 +7,9 @@
 
 use crate::api::{DiskError, ObjectId};
 use crate::locks::master::Early;
-use crate::locks::{LockAnswer, LockClient, LockKind, LockMaster, LockMessage, LockOutput, LockRange, LockRequest};
+use crate::locks::{
+    LockAnswer, LockClient, LockKind, LockMaster, LockMessage, LockOutput, LockRange, LockRequest, LockTarget, Wait,
+};
 use crate::message::Membership;
 use cluster::{Cluster, Epoch, Layer, Message, NodeId, Peer, Receiver, Service, Transport, View};
 use parking_lot::Mutex;
@@ -68,42 +70,41 @@ impl Locks {
         self.node.lost.lock().push(lost);
     }
 
-    /// Takes a lock for `owner` (a kernel's lock owner number). Without `wait`, or if too many wait already, a conflict is
+    /// Takes a lock for `owner` (a kernel's lock owner number). If it does not `wait`, or too many wait already, a conflict is
     /// the answer. If the wait would never end, since owners wait for each other in a circle, the answer is `Deadlock`. When
     /// `interrupted` comes first, the answer is `Cancelled`, or `Done` if it was granted before that
     /// reached the master.
     ///
     /// # Errors
     /// `Shutdown` when the service stops.
-    #[allow(clippy::too_many_arguments, reason = "they are those of fcntl, and each is needed")]
     #[allow(clippy::too_many_arguments, reason = "they are a process's request, as the kernel passes it on")]
     pub async fn lock(
         &self,
-        object: ObjectId,
+        target: LockTarget,
         owner: u64,
         range: LockRange,
         kind: LockKind,
         pid: u32,
-        wait: bool,
+        wait: Wait,
         interrupted: impl Future<Output = ()> + Send,
     ) -> Result<LockAnswer, DiskError> {
-        self.ask(object, owner, range, LockRequest::Lock { kind, pid, wait }, interrupted).await
+        self.ask(target, owner, range, LockRequest::Lock { kind, pid, wait }, interrupted).await
     }
 
     /// Gives up what `owner` holds of the range. Costs no message if it holds nothing of the object.
     ///
     /// # Errors
     /// `Shutdown` when the service stops.
-    pub async fn unlock(&self, object: ObjectId, owner: u64, range: LockRange) -> Result<(), DiskError> {
-        self.ask(object, owner, range, LockRequest::Unlock, pending()).await.map(|_| ())
+    pub async fn unlock(&self, target: LockTarget, owner: u64, range: LockRange) -> Result<(), DiskError> {
+        self.ask(target, owner, range, LockRequest::Unlock, pending()).await.map(|_| ())
     }
 
     /// Which lock would keep this one from being taken.
     ///
     /// # Errors
     /// `Shutdown` when the service stops.
-    pub async fn query(&self, object: ObjectId, owner: u64, range: LockRange, kind: LockKind) -> Result<LockAnswer, DiskError> {
-        self.ask(object, owner, range, LockRequest::Query { kind }, pending()).await
+    pub async fn query(&self, target: LockTarget, owner: u64, range: LockRange, kind: LockKind) -> Result<LockAnswer, DiskError> {
+        self.ask(target, owner, range, LockRequest::Query { kind }, pending()).await
     }
 
     /// The tokens of this node are gone, so its locks are, too. Those who are told of lost locks know before this returns,
@@ -112,15 +113,15 @@ impl Locks {
         self.node.step(|s, out| s.client.lose(out));
     }
 
-    /// Whether `owner` holds any lock on the object.
+    /// The strongest lock that `owner` holds there.
     #[must_use]
-    pub fn holds(&self, object: ObjectId, owner: u64) -> bool {
-        self.node.state.lock().client.holds(object, owner)
+    pub fn holds(&self, target: LockTarget, owner: u64) -> Option<LockKind> {
+        self.node.state.lock().client.holds(target, owner)
     }
 
     async fn ask(
         &self,
-        object: ObjectId,
+        target: LockTarget,
         owner: u64,
         range: LockRange,
         request: LockRequest,
@@ -129,11 +130,11 @@ impl Locks {
         let (tx, rx) = oneshot::channel();
         let ticket = self.node.step(|s, out| {
             let State { client, membership, waiters, .. } = s;
-            let ticket = client.ask(object, owner, range, request, &|o| master_of(membership, o), out);
+            let ticket = client.ask(target, owner, range, request, &|o| master_of(membership, o), out);
             waiters.insert(ticket, tx);
             ticket
         });
-        let mut asking = Asking { node: &self.node, ticket, object, owner, range, request, answered: false };
+        let mut asking = Asking { node: &self.node, ticket, target, owner, range, request, answered: false };
         let mut rx = rx;
         let answer = tokio::select! {
             biased;
@@ -162,7 +163,7 @@ impl Drop for Locks {
 struct Asking<'a> {
     node: &'a Arc<Node>,
     ticket: u64,
-    object: ObjectId,
+    target: LockTarget,
     owner: u64,
     range: LockRange,
     request: LockRequest,
@@ -183,7 +184,7 @@ impl Drop for Asking<'_> {
             }
             // It may have been granted, or be granted before the cancel arrives; nobody would know of that lock.
             if matches!(self.request, LockRequest::Lock { .. }) {
-                client.ask(self.object, self.owner, self.range, LockRequest::Unlock, &place, out);
+                client.ask(self.target, self.owner, self.range, LockRequest::Unlock, &place, out);
             }
         });
     }

@@ -1,8 +1,9 @@
 //! File locks of several nodes: `locks check DIR DIR…`, directories in which the same tree is to be seen.
 //!
 //! Checked, for `flock`, `fcntl` and open-file locks, between processes of one node and of two: which locks exclude each
-//! other; ranges that are split, joined, upgraded and downgraded; waiting, and dying while waiting; a counter in a file that
-//! all increment under the lock, which also tells the rate; and that a circle of waiters is broken (`fcntl`).
+//! other, and that those of `flock` and of `fcntl` never do; ranges that are split, joined, upgraded and downgraded; waiting,
+//! and dying while waiting; a counter in a file that all increment under the lock, which also tells the rate; and that a circle
+//! of waiters is broken (`fcntl`), or left alone. With directories of one local file system it says what is right there.
 //!
 //! `locks worker FILE…` is the process that does the locking (see `tests::locker`).
 
@@ -103,6 +104,109 @@ impl Bench {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// `flock` and `fcntl` do not see each other, in one process, on one node, between nodes; the two kinds of `fcntl` do.
+    fn spaces(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for held in KINDS {
+                for wished in KINDS {
+                    let file = self.file();
+                    let (mut a, mut b) = (self.worker(&[&file[near]]), self.worker(&[&file[far]]));
+                    let meet = (held == "flock") == (wished == "flock");
+                    let what = |who: &str| format!("nodes {near} and {far}: {held} is held, {who} asks for {wished}");
+                    same("locking a free file", a.ask(&format!("{held} 0 ex")), ok())?;
+                    let right = if meet { Err(libc::EAGAIN) } else { ok() };
+                    same(&what("another"), b.ask(&format!("{wished} 0 ex")), right.clone())?;
+                    same("giving up", b.ask(&format!("{wished} 0 un")), ok())?;
+                    // Its own lock is in nobody's way, and is replaced.
+                    let right = if held == wished { ok() } else { right };
+                    same(&what("the holder"), a.ask(&format!("{wished} 0 ex")), right)?;
+                    if !meet {
+                        // To give up the one is not to give up the other, nor is it to take the other twice.
+                        for _ in 0..2 {
+                            same("giving up the second", a.ask(&format!("{wished} 0 un")), ok())?;
+                            same(&what("after that, another"), b.ask(&format!("{held} 0 sh")), Err(libc::EAGAIN))?;
+                            same(&what("after that, another"), b.ask(&format!("{wished} 0 ex")), ok())?;
+                            same("giving up", b.ask(&format!("{wished} 0 un")), ok())?;
+                            same("again", a.ask(&format!("{wished} 0 sh")), ok())?;
+                        }
+                        // A part of the file is no other matter.
+                        if wished != "flock" {
+                            same("a part", b.ask(&format!("{wished} 0 sh 7 1")), ok())?;
+                            same("a part", b.ask(&format!("{wished} 0 un 7 1")), ok())?;
+                        }
+                    }
+                    // A query knows nothing of flock.
+                    let queried = b.ask("query 0 ex 0 0");
+                    let free = held == "flock" && wished == "flock";
+                    same(&what("a query of another, free"), queried == Ok("free".into()), free)?;
+                    // Both end with the last descriptor; those of an open file a moment after close() has returned.
+                    same("closing", a.ask("reopen 0"), ok())?;
+                    for kind in KINDS {
+                        b.tell(&format!("{kind} 0 ex 0 0 wait"));
+                        same(&what("after closing, another"), b.answer(SOON), Some(ok()))?;
+                        same("giving up", b.ask(&format!("{kind} 0 un")), ok())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Who waits for one kind is not woken by the other, and gets what it waits for when its holder is killed.
+    fn waiting_in_its_space(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for (waited, other) in [("flock", "fcntl"), ("fcntl", "flock")] {
+                let file = self.file();
+                let (mut a, mut b, mut c) =
+                    (self.worker(&[&file[near]]), self.worker(&[&file[far]]), self.worker(&[&file[near]]));
+                same("locking", a.ask(&format!("{waited} 0 ex")), ok())?;
+                same("locking", c.ask(&format!("{other} 0 ex")), ok())?;
+                b.tell(&format!("{waited} 0 ex 0 0 wait"));
+                same("waiting", b.answer(NEVER), None)?;
+                same("giving up the other kind", c.ask(&format!("{other} 0 un")), ok())?;
+                same("waiting", b.answer(NEVER), None)?;
+                same("locking", c.ask(&format!("{other} 0 ex")), ok())?;
+                a.kill().map_err(|e| format!("the holder: {e}"))?;
+                same(&format!("{waited}: after the end of its holder"), b.answer(SOON), Some(ok()))?;
+                let mut d = self.worker(&[&file[far]]);
+                same(&format!("{waited}, which was waited for"), d.ask(&format!("{waited} 0 sh")), Err(libc::EAGAIN))?;
+                same(&format!("{other}, held by another"), d.ask(&format!("{other} 0 sh")), Err(libc::EAGAIN))?;
+                same("unlocking", b.ask(&format!("{waited} 0 un")), ok())?;
+                same(&format!("{waited}, once it is free"), d.ask(&format!("{waited} 0 ex")), ok())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A shared `flock` that becomes exclusive is given up first.
+    fn conversion(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            let file = self.file();
+            let (mut a, mut b) = (self.worker(&[&file[near]]), self.worker(&[&file[far]]));
+            for worker in [&mut a, &mut b] {
+                same("sharing", worker.ask("flock 0 sh"), ok())?;
+            }
+            same("a conversion that is refused", a.ask("flock 0 ex"), Err(libc::EAGAIN))?;
+            same("has cost the lock", b.ask("flock 0 ex"), ok())?;
+            same("converting back", b.ask("flock 0 sh"), ok())?;
+            same("sharing", a.ask("flock 0 sh"), ok())?;
+            // Two at a time do not wait for each other: one gets it, then the other.
+            a.tell("flock 0 ex wait");
+            same("waiting", a.answer(NEVER), None)?;
+            b.tell("flock 0 ex wait");
+            let first = [a.answer(NEVER), b.answer(NEVER)];
+            let (mut holder, waiter) = match first {
+                [Some(_), None] => (a, b),
+                [None, Some(_)] => (b, a),
+                other => return Err(format!("nodes {near} and {far}: two that convert at a time: {other:?}; right is one")),
+            };
+            same("two that convert at a time", first.into_iter().flatten().next(), Some(ok()))?;
+            same("unlocking", holder.ask("flock 0 un"), ok())?;
+            same("the other", waiter.answer(SOON), Some(ok()))?;
         }
         Ok(())
     }
@@ -246,6 +350,37 @@ impl Bench {
         Ok(())
     }
 
+    /// Circles of waiters, over two files, that nobody breaks: of open files.
+    fn circles(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            for kind in ["flock", "ofd"] {
+                let (f, g) = (self.file(), self.file());
+                let mut a = self.worker(&[&f[near], &g[near]]);
+                let mut b = self.worker(&[&f[far], &g[far]]);
+                same("locking", a.ask(&format!("{kind} 0 ex")), ok())?;
+                same("locking", b.ask(&format!("{kind} 1 ex")), ok())?;
+                a.tell(&format!("{kind} 1 ex 0 0 wait"));
+                b.tell(&format!("{kind} 0 ex 0 0 wait"));
+                same(&format!("{kind}: in a circle"), (b.answer(NEVER), a.answer(NEVER)), (None, None))?;
+                b.kill().map_err(|e| format!("{kind}: in a circle: {e}"))?;
+                same(&format!("{kind}: when the other is gone"), a.answer(SOON), Some(ok()))?;
+                if kind == "ofd" {
+                    // One open file, ranges of which each waits for the other's.
+                    let h = self.file();
+                    let (mut a, mut b) = (self.worker(&[&h[near]]), self.worker(&[&h[far]]));
+                    same("locking", a.ask("ofd 0 ex 100 1"), ok())?;
+                    same("locking", b.ask("ofd 0 ex 101 1"), ok())?;
+                    a.tell("ofd 0 ex 101 1 wait");
+                    b.tell("ofd 0 ex 100 1 wait");
+                    same("ofd: in a circle in one file", (b.answer(NEVER), a.answer(NEVER)), (None, None))?;
+                    b.kill().map_err(|e| format!("ofd: in a circle: {e}"))?;
+                    same("ofd: when the other is gone", a.answer(SOON), Some(ok()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Circles of waiters, over one file and over several.
     fn deadlocks(&self) -> Checked {
         let (f, g) = (self.file(), self.file());
@@ -281,8 +416,12 @@ impl Bench {
 
 fn check(bench: &Bench, only: &str) -> bool {
     type Check = fn(&Bench) -> Checked;
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 11] = [
         ("conflicts", Bench::conflicts),
+        ("spaces", Bench::spaces),
+        ("its-space", Bench::waiting_in_its_space),
+        ("conversion", Bench::conversion),
+        ("circles", Bench::circles),
         ("ranges", Bench::ranges),
         ("waiting", Bench::waiting),
         ("killing", Bench::killing),
