@@ -351,7 +351,9 @@ impl Master {
             let stands = |n: &NodeId, h: &Held| *n != first.node && (first.mode == Mode::Exclusive || h.mode == Mode::Exclusive);
             if entry.holders.0.iter().any(|(n, h)| stands(n, h)) {
                 if !first.steal {
-                    entry.unwant(|wanted| drop(wanted.queue.pop_front()));
+                    entry.unwant(|wanted| {
+                        wanted.queue.pop_front();
+                    });
                     out.push((first.node, Msg::Denied { object }));
                     continue;
                 }
@@ -371,7 +373,9 @@ impl Master {
                 }
                 continue;
             }
-            entry.unwant(|wanted| drop(wanted.queue.pop_front()));
+            entry.unwant(|wanted| {
+                wanted.queue.pop_front();
+            });
             self.seq += 1;
             let held = Held { mode: first.mode, seq: self.seq, revoking: false };
             // A weaker token than the one it has would be a step back that the node has not flushed for.
