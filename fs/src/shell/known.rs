@@ -433,22 +433,28 @@ impl Known {
         inode.revoke(number)
     }
 
-    /// Attributes of an inode were changed by this node itself, on nobody's behalf. Whether the kernel must be told.
-    pub(crate) fn changed(&self, ino: u64) -> bool {
+    /// Attributes of an inode were changed by this node itself, on nobody's behalf. Returns what the kernel must be told.
+    pub(crate) fn changed(&self, ino: u64) -> Forgotten {
         let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
         let mut shard = self.shard(ino).lock();
-        let Some(inode) = shard.get_mut(&ino) else { return false };
+        let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
         // Answers that are under way may be older.
         inode.revoked = number;
-        std::mem::take(&mut inode.attributes)
+        Forgotten {
+            attributes: std::mem::take(&mut inode.attributes),
+            // What an earlier revocation wanted purged goes under this one's number now.
+            pages: inode.has_pages && !inode.settled,
+            revocation: Revocation(number),
+            ..Forgotten::default()
+        }
     }
 
     /// Whether the pages of an inode whose last revocation was this one are to be purged now. Who asks about the inode again
     /// and again needs no purge, and is not to be met by one.
     pub(crate) fn refresh(&self, ino: u64, revocation: Revocation) -> Refresh {
         let shard = self.shard(ino).lock();
-        let wanted = |i: &&Box<Inode>| i.revoked == revocation.0 && i.has_pages && !i.settled && i.answered().is_empty();
-        let Some(inode) = shard.get(&ino).filter(wanted) else { return Refresh::Needless };
+        let wanted = |i: &&Inode| i.revoked == revocation.0 && i.has_pages && !i.settled && i.answered().is_empty();
+        let Some(inode) = shard.get(&ino).map(|inode| &**inode).filter(wanted) else { return Refresh::Needless };
         let asked = self.elapsed(inode.asked_at).map_or(Duration::ZERO, |time| ASKS_AGAIN.saturating_sub(time));
         match asked {
             Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 => Refresh::Later(BUSY),
@@ -526,6 +532,10 @@ mod tests {
         assert_eq!(now(second), Refresh::Later(ASKS_AGAIN), "somebody asked a moment ago, and will again");
         tokio::time::advance(ASKS_AGAIN).await;
         assert_eq!(now(second), Refresh::Now);
+        // An access time that is set in between does not make the pages any younger.
+        let changed = known.changed(7);
+        assert!(changed.pages);
+        assert_eq!((now(second), now(changed)), (Refresh::Needless, Refresh::Now));
     }
 
     #[test]

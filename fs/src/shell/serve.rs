@@ -310,9 +310,13 @@ impl<D: Disk> Peer for Front<D> {
 
     fn changed(&self, ino: u64) {
         let node = self.identity.node(crate::Ino(ino));
-        if self.known.changed(node) {
+        let forgotten = self.known.changed(node);
+        if forgotten.attributes {
             let known = self.known.clone();
             self.notify.forget_attributes(node, move || known.contains(node));
+        }
+        if forgotten.pages {
+            self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
         }
     }
 
