@@ -23,6 +23,7 @@ pub use error::{FsError, Result};
 pub use format::{ExtentRecord, Superblock, Time};
 pub use inode::{Attributes, Body, FileKind, Ino, Inode, Parent};
 pub use ops::{
-    AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes, StatFs,
+    AccessPolicy, AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes,
+    StatFs,
 };
 pub use transaction::{Source, Transaction};

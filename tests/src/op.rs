@@ -290,6 +290,8 @@ pub struct Stat {
     pub mtime: Stamp,
     /// Change time. From the oracle: a counter of changes.
     pub ctime: Stamp,
+    /// Access time. From the oracle: nothing.
+    pub atime: Stamp,
     /// From the oracle: mtime was set by `Utimes` to this.
     pub mtime_set: Option<i64>,
     /// From the oracle: how often mtime was set by `Utimes`.

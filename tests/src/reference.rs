@@ -527,6 +527,7 @@ impl Oracle {
             size,
             mtime: (node.mtime, 0),
             ctime: (node.ctime, 0),
+            atime: (0, 0),
             mtime_set: node.mtime_set,
             mtime_sets: node.mtime_sets,
         })
@@ -782,6 +783,13 @@ impl Comparer {
             } else {
                 same(old_got.ctime <= got.ctime, "ctime went back")?;
             }
+            // Which reads there were says little (the kernel answers some, and the time of others is set later), but once it
+            // is later than the last change it stays for a day, whatever is read.
+            let unchanged = (old_right.mtime, old_right.ctime) == (right.mtime, right.ctime);
+            if unchanged && old_got.atime > old_got.mtime.max(old_got.ctime) {
+                same(old_got.atime == got.atime, "atime changed though it was later than the last change")?;
+            }
+            same(old_got.atime <= got.atime, "atime went back")?;
         }
         Ok(())
     }
@@ -832,5 +840,32 @@ mod tests {
         let mut comparer = Comparer::default();
         seen(&[], 50, &mut comparer).unwrap();
         seen(&[Op::Utimes { path: path(), mtime: 7 }, write], 49, &mut comparer).unwrap();
+    }
+
+    #[test]
+    fn an_access_time_changes_once_after_each_change() {
+        let mut oracle = Oracle::new();
+        let path = || "a".to_owned();
+        let how = OpenHow { write: true, create: true, ..OpenHow::default() };
+        oracle.run(0, &Op::Open { slot: 0, path: path(), how }).unwrap();
+        let (write, stat) = (Op::Write { slot: 0, offset: 0, len: 1, fill: 1 }, Op::Stat { path: path() });
+        // Whether the file is written before, and what atime is then; all changes are made in second 50.
+        let mut seen = |steps: &[(bool, i64)]| {
+            let mut comparer = Comparer::default();
+            let mut result = Ok(());
+            for (change, atime) in steps {
+                if *change {
+                    oracle.run(0, &write).unwrap();
+                }
+                let right = oracle.run(0, &stat).unwrap();
+                let Reply::Stat(mut got) = right.clone() else { panic!("not a stat") };
+                (got.mtime, got.ctime, got.atime) = ((50, 0), (50, 0), (*atime, 0));
+                result = comparer.compare(&stat, &Ok(right), &Ok(Reply::Stat(got)));
+            }
+            result
+        };
+        seen(&[(false, 50), (false, 51), (true, 51), (false, 52), (false, 52)]).unwrap();
+        assert!(seen(&[(false, 51), (false, 52)]).unwrap_err().contains("later than the last change"));
+        assert!(seen(&[(false, 51), (true, 50)]).unwrap_err().contains("went back"));
     }
 }

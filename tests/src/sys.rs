@@ -83,6 +83,59 @@ pub fn get_xattr_of(file: &File, name: &str) -> io::Result<Vec<u8>> {
     Ok(value)
 }
 
+/// `setxattr` with flags (`XATTR_CREATE` …) and a name as it is.
+pub fn set_xattr_how(path: &Path, name: &[u8], value: &[u8], flags: libc::c_int) -> io::Result<()> {
+    let (path, name) = (c_path(path)?, CString::new(name)?);
+    // SAFETY: the strings and the value outlive the call, and the length is the value's.
+    check(unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) })
+}
+
+/// `getxattr` into a buffer of some size; returns what the call does (the length of the value).
+pub fn get_xattr_into(path: &Path, name: &[u8], size: usize) -> io::Result<usize> {
+    let (path, name, mut value) = (c_path(path)?, CString::new(name)?, vec![0u8; size]);
+    let place = if size == 0 { std::ptr::null_mut() } else { value.as_mut_ptr() };
+    // SAFETY: the strings and the buffer outlive the call, and the length is the buffer's.
+    count(unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), place.cast(), size) })
+}
+
+/// `listxattr` into a buffer of some size; returns what the call does (the length of the list).
+pub fn list_xattr_into(path: &Path, size: usize) -> io::Result<usize> {
+    let (path, mut list) = (c_path(path)?, vec![0u8; size]);
+    let place = if size == 0 { std::ptr::null_mut() } else { list.as_mut_ptr() };
+    // SAFETY: the path and the buffer outlive the call, and the length is the buffer's.
+    count(unsafe { libc::listxattr(path.as_ptr(), place.cast(), size) })
+}
+
+/// `FS_IOC_GETVERSION`: the generation of an open file's inode.
+pub fn generation(file: &File) -> io::Result<u32> {
+    // As all kernels and programs have it, the number speaks of a `long`, and an `int` is written.
+    const FS_IOC_GETVERSION: u64 = 0x8008_7601;
+    let mut generation = [0u32; 2];
+    // SAFETY: the descriptor is open, and the place has room for a `long`.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_GETVERSION as _, generation.as_mut_ptr()) })?;
+    Ok(generation[0])
+}
+
+/// `pathconf`.
+pub fn path_limit(path: &Path, name: libc::c_int) -> io::Result<i64> {
+    let path = c_path(path)?;
+    // SAFETY: the path outlives the call.
+    let limit = unsafe { libc::pathconf(path.as_ptr(), name) };
+    if limit < 0 { Err(io::Error::last_os_error()) } else { Ok(limit) }
+}
+
+/// `statx` of a path, with everything that it may tell.
+pub fn statx(path: &Path) -> io::Result<libc::statx> {
+    let path = c_path(path)?;
+    let (flags, all) = (libc::AT_SYMLINK_NOFOLLOW, libc::STATX_BASIC_STATS | libc::STATX_BTIME);
+    // SAFETY: a structure of numbers, for which zeros are a value; path and structure outlive the call.
+    unsafe {
+        let mut found: libc::statx = std::mem::zeroed();
+        check(libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, all, &raw mut found))?;
+        Ok(found)
+    }
+}
+
 fn names(list: &[u8]) -> Vec<String> {
     let names = list.split(|b| *b == 0).filter(|n| !n.is_empty());
     let mut names: Vec<_> = names.map(|n| String::from_utf8_lossy(n).into_owned()).collect();

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use sld::{Disk, Mode};
 use std::collections::BTreeSet;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::Poll;
 
 /// An access time older than this is due in any case.
@@ -29,10 +29,19 @@ const PENDING_MAX: usize = 4096;
 /// The most inodes whose times are set in one turn.
 const TURN_MAX: usize = 16;
 
+/// When reads change access times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AccessTimes {
+    /// Of whatever is read.
+    pub policy: AccessPolicy,
+    /// Except that those of directories never change.
+    pub not_directories: bool,
+}
+
 /// When a read changes the access time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
-pub enum AccessTimes {
+pub enum AccessPolicy {
     /// If it is not later than the last change, or a day old.
     #[default]
     Relative = 0,
@@ -46,18 +55,19 @@ pub enum AccessTimes {
 #[derive(Debug, Default)]
 pub(crate) struct Accesses {
     policy: AtomicU8,
+    not_directories: AtomicBool,
     pending: Mutex<BTreeSet<Ino>>,
 }
 
 /// The access time that an inode should have after a read now; `None` if the one that it has is good enough.
-fn due(policy: AccessTimes, inode: &Inode, now: Time) -> Option<Time> {
+fn due(policy: AccessPolicy, inode: &Inode, now: Time) -> Option<Time> {
     let changed = inode.mtime.max(inode.ctime);
     let time = later(now, changed.max(inode.atime));
     let is_later_second = time.seconds > inode.atime.seconds;
     let is_due = match policy {
-        AccessTimes::Never => false,
-        AccessTimes::Always => is_later_second || inode.atime <= changed,
-        AccessTimes::Relative => {
+        AccessPolicy::Never => false,
+        AccessPolicy::Always => is_later_second || inode.atime <= changed,
+        AccessPolicy::Relative => {
             // A change that is timed far ahead would be later than any access for a long time.
             inode.atime <= changed && (time > changed || is_later_second)
                 || now.seconds.saturating_sub(inode.atime.seconds) >= OLD_SECONDS
@@ -68,21 +78,25 @@ fn due(policy: AccessTimes, inode: &Inode, now: Time) -> Option<Time> {
 
 impl<D: Disk> FileSystem<D> {
     /// Sets when reads change access times, for this node.
-    pub fn keep_access_times(&self, policy: AccessTimes) {
-        self.accesses.policy.store(policy as u8, Ordering::Relaxed);
+    pub fn keep_access_times(&self, times: AccessTimes) {
+        self.accesses.policy.store(times.policy as u8, Ordering::Relaxed);
+        self.accesses.not_directories.store(times.not_directories, Ordering::Relaxed);
     }
 
-    fn access_policy(&self) -> AccessTimes {
+    fn access_policy(&self, inode: &Inode) -> AccessPolicy {
+        if inode.is_directory() && self.accesses.not_directories.load(Ordering::Relaxed) {
+            return AccessPolicy::Never;
+        }
         match self.accesses.policy.load(Ordering::Relaxed) {
-            1 => AccessTimes::Never,
-            2 => AccessTimes::Always,
-            _ => AccessTimes::Relative,
+            1 => AccessPolicy::Never,
+            2 => AccessPolicy::Always,
+            _ => AccessPolicy::Relative,
         }
     }
 
     /// Whether a read now makes an inode's access time due.
     pub(crate) fn access_is_due(&self, inode: &Inode) -> bool {
-        due(self.access_policy(), inode, self.now()).is_some()
+        due(self.access_policy(inode), inode, self.now()).is_some()
     }
 
     /// An inode was read and its access time is due. No token of it is held.
@@ -134,7 +148,7 @@ impl<D: Disk> FileSystem<D> {
     /// Sets the access time of an inode, whose token is held exclusively, if it is due.
     async fn set_access_time(&self, ino: Ino) -> Result<bool> {
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
-        let Some(time) = due(self.access_policy(), &inode, self.now()) else { return Ok(false) };
+        let Some(time) = due(self.access_policy(&inode), &inode, self.now()) else { return Ok(false) };
         inode.atime = time;
         let mut tx = Transaction::new(self.disk());
         inode.write(&mut tx, &[]);
@@ -157,7 +171,7 @@ mod tests {
     #[test]
     fn a_time_is_due_once_after_each_change_and_once_a_day() {
         let mut inode = Inode::new(Ino(1), 1, 0o100_644, 0, 0, at(1000));
-        let relative = |inode: &Inode, now| due(AccessTimes::Relative, inode, at(now));
+        let relative = |inode: &Inode, now| due(AccessPolicy::Relative, inode, at(now));
         assert_eq!(relative(&inode, 1000), Some(Time { seconds: 1000, nanos: 1 }), "as old as the last change");
         inode.atime = at(1001);
         assert_eq!(relative(&inode, 5000), None);
@@ -174,10 +188,10 @@ mod tests {
         assert_eq!(relative(&inode, 6000), Some(at(6000)));
         inode.atime = at(6000);
         assert_eq!((relative(&inode, 6000), relative(&inode, 6001)), (None, Some(at(6001))));
-        assert_eq!(due(AccessTimes::Never, &inode, at(7_000_000)), None);
+        assert_eq!(due(AccessPolicy::Never, &inode, at(7_000_000)), None);
         (inode.mtime, inode.ctime, inode.atime) = (at(1000), at(1000), at(6000));
-        assert_eq!(due(AccessTimes::Always, &inode, at(6001)), Some(at(6001)));
-        assert_eq!(due(AccessTimes::Always, &inode, at(6000)), None);
+        assert_eq!(due(AccessPolicy::Always, &inode, at(6001)), Some(at(6001)));
+        assert_eq!(due(AccessPolicy::Always, &inode, at(6000)), None);
     }
 
     #[tokio::test]
@@ -200,6 +214,37 @@ mod tests {
                 assert_eq!(crate::Attributes { atime: before.atime, ..after }, before);
                 before = after;
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_mount_says_decides_for_files_and_directories() {
+        let f = fixture(&[1000]).await;
+        let file = f.file(b"f").await;
+        f.fs.write(file, At::Offset(0), Payload::new(0, b"bytes"), false).await.unwrap();
+        let changes = |times: AccessTimes| {
+            f.fs.keep_access_times(times);
+            let (fs, root) = (&f.fs, f.fs.root());
+            async move {
+                let mut seen = [false; 2];
+                for (seen, ino) in seen.iter_mut().zip([file, root]) {
+                    // Every read is due.
+                    let long_ago = SetAttributes { atime: Some(at(1)), ..SetAttributes::default() };
+                    fs.set_attributes(&Caller::default(), ino, long_ago).await.unwrap();
+                    if ino == file {
+                        drop(fs.read(ino, 0, 10).await.unwrap());
+                    } else {
+                        fs.read_directory(ino, 0, &mut |_| true, false).await.unwrap();
+                    }
+                    fs.set_access_times().await;
+                    *seen = fs.attributes(ino).await.unwrap().atime != at(1);
+                }
+                seen
+            }
+        };
+        for (policy, is_set) in [(AccessPolicy::Relative, true), (AccessPolicy::Always, true), (AccessPolicy::Never, false)] {
+            assert_eq!(changes(AccessTimes { policy, not_directories: false }).await, [is_set; 2]);
+            assert_eq!(changes(AccessTimes { policy, not_directories: true }).await, [is_set, false]);
         }
     }
 

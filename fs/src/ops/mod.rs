@@ -44,7 +44,7 @@ pub(crate) mod testing;
 mod work;
 pub mod xattr;
 
-pub use access::AccessTimes;
+pub use access::{AccessPolicy, AccessTimes};
 pub use attributes::SetAttributes;
 pub use handles::OpenFlags;
 pub use list::DirEntry;

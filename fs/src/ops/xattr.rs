@@ -42,6 +42,8 @@ pub enum SetMode {
     Create,
     /// That there is one of this name.
     Replace,
+    /// Both, and so nothing will do. Which one is missed first is as on other file systems.
+    Both,
 }
 
 type Attributes = BTreeMap<Vec<u8>, Bytes>;
@@ -57,7 +59,11 @@ fn check_name(name: &[u8]) -> Result<()> {
     if name == acl::ACCESS || name == acl::DEFAULT {
         return Ok(());
     }
-    if NAMESPACES.iter().any(|n| name.starts_with(n) && name.len() > n.len()) { Ok(()) } else { Err(FsError::NotSupported) }
+    match NAMESPACES.iter().find(|space| name.starts_with(space)) {
+        Some(space) if name.len() > space.len() => Ok(()),
+        Some(_) => Err(FsError::Invalid("an attribute without a name")),
+        None => Err(FsError::NotSupported),
+    }
 }
 
 fn parse(mut stream: Bytes, at: BlockNo, into: &mut Attributes) -> Result<()> {
@@ -188,8 +194,8 @@ impl<D: Disk> FileSystem<D> {
         }
         self.change_xattrs(ino, |inode, attributes| {
             match (mode, attributes.contains_key(name)) {
-                (SetMode::Create, true) => return Err(FsError::Exists),
-                (SetMode::Replace, false) => return Err(FsError::NoData),
+                (SetMode::Create | SetMode::Both, true) => return Err(FsError::Exists),
+                (SetMode::Replace | SetMode::Both, false) => return Err(FsError::NoData),
                 _ => {}
             }
             if name == acl::ACCESS || name == acl::DEFAULT {
@@ -382,7 +388,8 @@ mod tests {
     #[test]
     fn only_known_namespaces() {
         assert!(check_name(b"user.x").is_ok());
-        assert_eq!(check_name(b"user."), Err(FsError::NotSupported));
+        assert!(matches!(check_name(b"user."), Err(FsError::Invalid(_))), "as on ext4");
+        assert_eq!(check_name(b"user"), Err(FsError::NotSupported));
         assert!(check_name(acl::ACCESS).is_ok());
         assert_eq!(check_name(b"system.other"), Err(FsError::NotSupported));
     }

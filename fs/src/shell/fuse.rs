@@ -698,11 +698,13 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        const BOTH: i32 = nix::libc::XATTR_CREATE | nix::libc::XATTR_REPLACE;
         let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
         let mode = match flags {
             0 => SetMode::Any,
             nix::libc::XATTR_CREATE => SetMode::Create,
             nix::libc::XATTR_REPLACE => SetMode::Replace,
+            BOTH => SetMode::Both,
             _ => return reply.error(Errno::EINVAL),
         };
         operation!(self, request, |front, start, caller| {
@@ -750,16 +752,25 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn ioctl(
         &self,
-        _request: &Request,
-        _ino: INodeNo,
+        request: &Request,
+        ino: INodeNo,
         _handle: FileHandle,
         _flags: fuser::IoctlFlags,
-        _command: u32,
+        command: u32,
         _data: &[u8],
         _size: u32,
         reply: ReplyIoctl,
     ) {
-        reply.error(Errno::ENOTTY);
+        if !translate::asks_for_generation(command) {
+            return reply.error(Errno::ENOTTY);
+        }
+        operation!(self, request, |front, start, caller| {
+            match front.fs.attributes(front.identity.ino(ino)).await {
+                // An `int`, though the command's number speaks of a `long`.
+                Ok(attributes) => reply.ioctl(0, &(attributes.generation as u32).to_ne_bytes()),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
     }
 
     fn fallocate(

@@ -5,7 +5,7 @@
 //!
 //! Excludes: serving (`serve`).
 
-use crate::AccessTimes;
+use crate::{AccessPolicy, AccessTimes};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::fs::OpenOptions;
@@ -105,13 +105,14 @@ impl MountOptions {
     /// When reads change access times.
     #[must_use]
     pub fn access_times(&self) -> AccessTimes {
-        if self.flags.intersects(MsFlags::MS_NOATIME | MsFlags::MS_RDONLY) {
-            AccessTimes::Never
+        let policy = if self.flags.intersects(MsFlags::MS_NOATIME | MsFlags::MS_RDONLY) {
+            AccessPolicy::Never
         } else if self.flags.contains(MsFlags::MS_STRICTATIME) {
-            AccessTimes::Always
+            AccessPolicy::Always
         } else {
-            AccessTimes::Relative
-        }
+            AccessPolicy::Relative
+        };
+        AccessTimes { policy, not_directories: self.flags.contains(MsFlags::MS_NODIRATIME) }
     }
 
     /// Whether an existing mount is to get these options (no descriptor is made then).
@@ -236,12 +237,14 @@ mod tests {
         assert!(options.is_read_only());
         assert_eq!(options.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC);
         assert!(!MountOptions::parse("ro,rw").unwrap().is_read_only());
-        for (options, times) in [
-            ("rw,relatime", AccessTimes::Relative),
-            ("noatime", AccessTimes::Never),
-            ("ro", AccessTimes::Never),
-            ("noatime,atime,strictatime", AccessTimes::Always),
+        for (options, policy, not_directories) in [
+            ("rw,relatime", AccessPolicy::Relative, false),
+            ("nodiratime", AccessPolicy::Relative, true),
+            ("noatime", AccessPolicy::Never, false),
+            ("ro", AccessPolicy::Never, false),
+            ("noatime,atime,strictatime,nodiratime", AccessPolicy::Always, true),
         ] {
+            let times = AccessTimes { policy, not_directories };
             assert_eq!(MountOptions::parse(options).unwrap().access_times(), times, "{options}");
         }
         let error = MountOptions::parse("rw,frobnicate=3").unwrap_err();

@@ -70,6 +70,11 @@ impl Identity {
     }
 }
 
+/// Whether an `ioctl` asks for the inode's generation (`FS_IOC_GETVERSION`, also of a 32-bit process).
+pub(crate) fn asks_for_generation(command: u32) -> bool {
+    [0x8008_7601, 0x8004_7601].contains(&command)
+}
+
 /// The number that the kernel is told.
 pub(crate) fn errno(error: &FsError) -> Errno {
     if matches!(error, FsError::Corrupt { .. } | FsError::Disk(_)) {

@@ -57,7 +57,7 @@ const STEPS: [Step; 10] = [
     Step { name: "sim", what: "simulated clusters", run: simulate },
     Step { name: "planted", what: "planted bugs are found", run: planted },
     Step { name: "model", what: "model checks", run: model },
-    Step { name: "cluster", what: "real clusters", run: |c| mounted(c, &["cluster", "nodes"]) },
+    Step { name: "cluster", what: "real clusters", run: |c| mounted(c, &["cluster", "nodes", "posix"]) },
     Step { name: "programs", what: "real programs", run: |c| mounted(c, &["programs"]) },
 ];
 

@@ -249,6 +249,7 @@ fn stat(m: &fs::Metadata) -> Reply {
         size: m.size(),
         mtime: (m.mtime(), m.mtime_nsec() as u32),
         ctime: (m.ctime(), m.ctime_nsec() as u32),
+        atime: (m.atime(), m.atime_nsec() as u32),
         mtime_set: None,
         mtime_sets: 0,
     })

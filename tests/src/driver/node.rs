@@ -253,6 +253,7 @@ fn stat(a: &Attributes) -> Reply {
         size: a.size,
         mtime: (a.mtime.seconds, a.mtime.nanos),
         ctime: (a.ctime.seconds, a.ctime.nanos),
+        atime: (a.atime.seconds, a.atime.nanos),
         mtime_set: None,
         mtime_sets: 0,
     })

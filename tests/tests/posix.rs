@@ -1,0 +1,405 @@
+//! What a program can find out by itself about a mount: inode numbers, names of one file, mappings, extended attributes. It must
+//! find what it would on one local file system, whichever nodes it runs on. They need root and /dev/fuse, and are run by `ci`.
+
+use nix::libc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tests::cluster::{Options, RealCluster, clock};
+use tests::sys::{self, Mapping};
+
+const PAGE: usize = 4096;
+
+/// All that is in a tree, but the names on top: number, type, size and links of each, and of files the generation.
+fn identities(root: &Path) -> BTreeMap<PathBuf, (u64, u32, u64, u64, u32)> {
+    let mut found = BTreeMap::new();
+    let mut next = vec![PathBuf::new()];
+    while let Some(dir) = next.pop() {
+        for entry in fs::read_dir(root.join(&dir)).expect("a directory") {
+            let entry = entry.expect("an entry");
+            let (path, name) = (entry.path(), dir.join(entry.file_name()));
+            let m = fs::symlink_metadata(&path).expect("it is there");
+            assert_eq!(std::os::unix::fs::DirEntryExt::ino(&entry), m.ino(), "{name:?}: d_ino and st_ino");
+            let generation = match m.is_file() || m.is_dir() {
+                true => sys::generation(&File::open(&path).expect("it opens")).expect("its generation"),
+                false => 0,
+            };
+            if m.is_dir() {
+                next.push(name.clone());
+            }
+            let links = if m.is_dir() { 0 } else { m.nlink() };
+            found.insert(name, (m.ino(), m.mode(), m.size(), links, generation));
+        }
+    }
+    found
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn inode_numbers_are_the_same_on_all_nodes_and_after_a_restart() {
+    let cluster = RealCluster::up(&Options::default());
+    for (node, mount) in cluster.mounts().iter().enumerate() {
+        for dir in 0..3 {
+            let dir = mount.join(format!("d{node}/e{dir}"));
+            fs::create_dir_all(&dir).expect("a directory");
+            for file in 0..40 {
+                fs::write(dir.join(format!("f{file}")), vec![1; file * 500]).expect("a file");
+            }
+            symlink("f1", dir.join("link")).expect("a link");
+        }
+        fs::hard_link(mount.join(format!("d{node}/e1/f3")), mount.join(format!("d{node}/third"))).expect("a name");
+    }
+    let before = identities(&cluster.mount(1));
+    assert!(before.len() > 370, "{}", before.len());
+    let different: BTreeSet<u64> = before.values().map(|id| id.0).collect();
+    let names_more = before.values().filter(|id| id.3 > 1).map(|id| id.3 as usize - 1).sum::<usize>();
+    assert!(different.len() < before.len() && names_more > 0);
+    let same = |what: &str| {
+        for node in 1..=3 {
+            let root = fs::metadata(cluster.mount(node)).expect("the root").ino();
+            assert_eq!(root, 1, "the root on n{node} {what}");
+            let now = identities(&cluster.mount(node));
+            let differing = before.iter().find(|(name, id)| now.get(*name) != Some(id));
+            assert!(differing.is_none() && now.len() == before.len(), "n{node} {what}: {differing:?} is another");
+        }
+    };
+    same("now");
+    cluster.stop(&[1, 2, 3]);
+    cluster.start(&[1, 2, 3]);
+    cluster.wait_healthy();
+    same("after a restart");
+}
+
+/// The numbers and generations of files that are made, and removed again.
+fn round(mount: &Path, other: &Path, seen: &mut BTreeMap<u64, BTreeSet<u32>>) -> usize {
+    let mut again = 0;
+    for file in 0..40 {
+        let name = format!("file-{file}");
+        let made = File::create(mount.join(&name)).expect("a file");
+        let (ino, generation) = (made.metadata().expect("it is there").ino(), sys::generation(&made).expect("a generation"));
+        let there = File::open(other.join(&name)).expect("it is there, too");
+        assert_eq!(sys::generation(&there).expect("a generation"), generation, "on another node");
+        let before = seen.entry(ino).or_default();
+        again += usize::from(!before.is_empty());
+        assert!(before.insert(generation), "inode {ino} was used before with generation {generation}");
+    }
+    for file in 0..40 {
+        fs::remove_file(mount.join(format!("file-{file}"))).expect("it can be removed");
+    }
+    File::open(mount).and_then(|dir| dir.sync_all()).expect("it can be synced");
+    again
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_number_that_is_used_again_has_another_generation() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (mut seen, mut again) = (BTreeMap::new(), 0);
+    let end = clock() + Duration::from_secs(60);
+    while again < 100 {
+        again += round(&cluster.mount(1), &cluster.mount(2), &mut seen);
+        assert!(clock() < end, "hardly any number is used again: {again} of {}", seen.len());
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_file_has_as_many_names_as_it_may_and_no_more() {
+    const NAMES: u64 = 5468;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    let name = |n: u64| format!("name-{n}");
+    fs::write(here.join(name(1)), "one file").expect("a file");
+    for n in 2..=NAMES {
+        fs::hard_link(here.join(name(1)), here.join(name(n))).unwrap_or_else(|e| panic!("name {n}: {e}"));
+    }
+    for mount in [&there, &here] {
+        let refused = fs::hard_link(mount.join(name(1)), mount.join("one-more")).expect_err("one more name");
+        assert_eq!(refused.raw_os_error(), Some(libc::EMLINK));
+        let m = fs::metadata(mount.join(name(NAMES))).expect("it is there");
+        assert_eq!((m.nlink(), m.ino()), (NAMES, fs::metadata(mount.join(name(7))).expect("it is there").ino()));
+        let x = sys::statx(&mount.join(name(9))).expect("statx");
+        assert_eq!((u64::from(x.stx_nlink), x.stx_ino), (NAMES, m.ino()));
+        assert_eq!(x.stx_mask & libc::STATX_BASIC_STATS, libc::STATX_BASIC_STATS, "what stat() says, statx() does");
+        // What the C library promises of file systems that it does not know is no more than what is kept.
+        assert!(sys::path_limit(mount, libc::_PC_LINK_MAX).expect("pathconf") <= NAMES as i64);
+        assert_eq!(sys::path_limit(mount, libc::_PC_NAME_MAX).expect("pathconf"), 255);
+    }
+    // A name may be changed for another all the same, and one that goes makes room for one.
+    fs::rename(there.join(name(2)), there.join("other")).expect("a rename");
+    fs::remove_file(there.join(name(3))).expect("it can be removed");
+    assert_eq!(fs::metadata(here.join("other")).expect("it is there").nlink(), NAMES - 1);
+    fs::hard_link(here.join("other"), here.join(name(3))).expect("room for one name");
+    assert_eq!(fs::read(there.join(name(3))).expect("it can be read"), b"one file");
+    // 255 bytes are a name, any but two of them.
+    let long: Vec<u8> = (1..=255u8).map(|b| if b == b'/' { b'.' } else { b }).collect();
+    let path = |name: &[u8]| here.join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name));
+    fs::write(path(&long), "").expect("a long name");
+    assert_eq!(fs::write(path(&[&long[..], b"x"].concat()), "").map_err(|e| e.raw_os_error()), Err(Some(libc::ENAMETOOLONG)));
+}
+
+/// A file of some pages, open for writing on two nodes.
+struct Shared {
+    cluster: RealCluster,
+    paths: [PathBuf; 2],
+    files: [File; 2],
+}
+
+impl Shared {
+    fn new(pages: usize) -> Shared {
+        let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+        let paths = [1, 2].map(|node| cluster.mount(node).join("mapped"));
+        fs::write(&paths[0], vec![b'.'; pages * PAGE]).expect("a file");
+        let files = [0, 1].map(|at| sys::open(&paths[at], true, 0).expect("it opens"));
+        Shared { cluster, paths, files }
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_mapping_shows_what_others_wrote_after_a_look_at_the_file_or_in_a_moment() {
+    let s = Shared::new(1);
+    let read_only = File::open(&s.paths[0]).expect("it opens");
+    let looks: [(&str, &dyn Fn()); 4] = [
+        ("read", &|| assert_eq!(fs::read(&s.paths[0]).expect("it can be read").len(), PAGE)),
+        ("stat", &|| assert!(fs::metadata(&s.paths[0]).expect("it is there").is_file())),
+        ("fstat", &|| assert!(s.files[0].metadata().expect("it is there").is_file())),
+        ("open", &|| drop(File::open(&s.paths[0]).expect("it opens"))),
+    ];
+    for file in [&read_only, &s.files[0]] {
+        let map = Mapping::new(file, PAGE, false).expect("it can be mapped");
+        for round in 0..30u8 {
+            let (what, look) = looks[usize::from(round) % looks.len()];
+            assert_eq!(map.load(0, 1).expect("a load").len(), 1);
+            s.files[1].write_all_at(&[b'a' + round % 20; 50], 0).expect("a write");
+            look();
+            assert_eq!(map.load(0, 50).expect("a load"), [b'a' + round % 20; 50], "round {round}, after {what}");
+        }
+        // Nobody looks.
+        for round in 0..5u8 {
+            s.files[1].write_all_at(&[b'0' + round; 50], 0).expect("a write");
+            let begun = clock();
+            while map.load(0, 50).expect("a load") != [b'0' + round; 50] {
+                assert!(clock() - begun < Duration::from_secs(4), "round {round}: a mapping stays old for seconds");
+            }
+            eprintln!("without a look: {:?}", clock() - begun);
+        }
+    }
+    drop(s.cluster);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn stores_are_seen_elsewhere_after_msync_munmap_and_close() {
+    let s = Shared::new(2);
+    let seen = || {
+        let mut bytes = [0; 10];
+        s.files[1].read_exact_at(&mut bytes, 5000).expect("a read");
+        bytes
+    };
+    for round in 0..12u8 {
+        let mut map = Mapping::new(&s.files[0], 2 * PAGE, true).expect("it can be mapped");
+        let mut store = |byte: u8| map.store(5000, &[byte; 10]).expect("a store");
+        store(round);
+        map.sync().expect("msync");
+        assert_eq!(seen(), [round; 10], "round {round}: after msync");
+        let mut store = |byte: u8| map.store(5000, &[byte; 10]).expect("a store");
+        store(round + 50);
+        // Any descriptor of the file, while the mapping lives on.
+        drop(s.files[0].try_clone().expect("another descriptor"));
+        assert_eq!(seen(), [round + 50; 10], "round {round}: after close");
+        map.store(5000, &[round + 100; 10]).expect("a store");
+        drop(map);
+        assert_eq!(seen(), [round + 100; 10], "round {round}: after munmap");
+    }
+    drop(s.cluster);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn stores_of_two_nodes_into_one_page_leave_one_of_the_two_pages() {
+    let s = Shared::new(3);
+    let mut maps = [0, 1].map(|at| Mapping::new(&s.files[at], 3 * PAGE, true).expect("it can be mapped"));
+    let mut kept = [0; 2];
+    for round in 0..20u8 {
+        let bytes = [b'A' + round, b'a' + round];
+        for (map, byte) in maps.iter_mut().zip(bytes) {
+            map.store(PAGE, &[byte; PAGE]).expect("a store");
+        }
+        let first = usize::from(round) % 2;
+        for at in [first, 1 - first] {
+            maps[at].sync().expect("msync");
+        }
+        let now: Vec<Vec<u8>> = s.paths.iter().map(|p| fs::read(p).expect("it can be read")).collect();
+        assert!(now[0] == now[1], "round {round}: the nodes see different bytes");
+        let page = &now[0][PAGE..2 * PAGE];
+        let winner = bytes.iter().position(|b| page.iter().all(|p| p == b));
+        kept[winner.unwrap_or_else(|| panic!("round {round}: the page is neither node's"))] += 1;
+        assert!(now[0].len() == 3 * PAGE && now[0][..PAGE].iter().chain(&now[0][2 * PAGE..]).all(|b| *b == b'.'));
+    }
+    eprintln!("kept: {kept:?}");
+    s.cluster.fsck(1);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn stores_never_bring_back_what_another_node_cut_off() {
+    let s = Shared::new(2);
+    for round in 0..10 {
+        s.files[0].write_all_at(&[b'.'; 2 * PAGE], 0).expect("a write");
+        let mut map = Mapping::new(&s.files[0], 2 * PAGE, true).expect("it can be mapped");
+        map.store(100, b"stays").expect("a store");
+        map.store(PAGE + 100, b"goes").expect("a store");
+        s.files[1].set_len(PAGE as u64).expect("it can be cut");
+        map.sync().expect("msync");
+        drop(map);
+        for path in &s.paths {
+            let bytes = fs::read(path).expect("it can be read");
+            assert_eq!((bytes.len(), &bytes[100..105]), (PAGE, &b"stays"[..]), "round {round}");
+        }
+        s.files[1].set_len(2 * PAGE as u64).expect("it can grow");
+        for path in &s.paths {
+            let bytes = fs::read(path).expect("it can be read");
+            assert!(bytes.len() == 2 * PAGE && bytes[PAGE..].iter().all(|b| *b == 0), "round {round}: what was cut is back");
+        }
+    }
+    drop(s.cluster);
+}
+
+type Said = Result<usize, i32>;
+
+fn said<T>(result: io::Result<T>, value: impl Fn(T) -> usize) -> Said {
+    result.map(value).map_err(|e| e.raw_os_error().unwrap_or(-1))
+}
+
+/// What calls about extended attributes say of a new file, a directory and a link there. Ends with what takes more room than
+/// some file systems have for it.
+fn xattr_calls(dir: &Path) -> Vec<(String, Said)> {
+    let (file, sub, link) = (dir.join("file"), dir.join("sub"), dir.join("link"));
+    fs::write(&file, "bytes").expect("a file");
+    fs::create_dir(&sub).expect("a directory");
+    symlink("file", &link).expect("a link");
+    let mut out = Vec::new();
+    let set = |path: &Path, name: &[u8], len: usize, flags| said(sys::set_xattr_how(path, name, &vec![7; len], flags), |()| 0);
+    let get = |path: &Path, name: &[u8], size| said(sys::get_xattr_into(path, name, size), |n| n);
+    let list = |path: &Path, size| said(sys::list_xattr_into(path, size), |n| n);
+    let (create, replace) = (libc::XATTR_CREATE, libc::XATTR_REPLACE);
+    let long = [b"user.".to_vec(), vec![b'n'; 250]].concat();
+    let longer = [&long[..], b"n"].concat();
+    {
+        let mut note = |what: &str, said: Said| out.push((what.to_owned(), said));
+        note("a list of none", list(&file, 100));
+        note("get none", get(&file, b"user.a", 100));
+        note("get none, asking for its size", get(&file, b"user.a", 0));
+        note("replace none", set(&file, b"user.a", 1, replace));
+        note("create", set(&file, b"user.a", 100, create));
+        note("create again", set(&file, b"user.a", 100, create));
+        note("replace", set(&file, b"user.a", 101, replace));
+        note("both flags on one that is", set(&file, b"user.a", 101, create | replace));
+        note("both flags on none", set(&file, b"user.none", 101, create | replace));
+        note("unknown flag", set(&file, b"user.a", 1, 4));
+        note("its size", get(&file, b"user.a", 0));
+        note("a buffer that is too small", get(&file, b"user.a", 100));
+        note("a buffer that is just right", get(&file, b"user.a", 101));
+        note("an empty value", set(&file, b"user.empty", 0, 0));
+        note("its size", get(&file, b"user.empty", 0));
+        note("it, into a buffer", get(&file, b"user.empty", 10));
+        note("the list's size", list(&file, 0));
+        note("the list, a byte too small", list(&file, 17));
+        note("the list", list(&file, 18));
+        note("the longest name", set(&file, &long, 3, 0));
+        note("the longest name, got", get(&file, &long, 10));
+        note("a name that is too long", set(&file, &longer, 3, 0));
+        note("a name that is too long, got", get(&file, &longer, 3));
+        note("no name", set(&file, b"", 3, 0));
+        note("no name, got", get(&file, b"", 3));
+        for space in ["user.", "trusted.", "security.", "user", "system.", "other.", "system.x", "other.x"] {
+            note(&format!("set {space}"), set(&file, space.as_bytes(), 3, 0));
+            note(&format!("get {space}"), get(&file, space.as_bytes(), 3));
+            let gone = said(sys::remove_xattr(&file, space), |()| 0);
+            note(&format!("remove {space}"), gone);
+        }
+        note("trusted", set(&file, b"trusted.t", 5, 0));
+        note("security", set(&file, b"security.s", 5, 0));
+        note("security, got", get(&file, b"security.s", 50));
+        note("a directory's", set(&sub, b"user.d", 5, 0));
+        note("a link's target's", set(&link, b"user.l", 5, 0));
+        note("that, got", get(&file, b"user.l", 5));
+        note("remove", said(sys::remove_xattr(&file, "user.l"), |()| 0));
+        note("remove again", said(sys::remove_xattr(&file, "user.l"), |()| 0));
+        note("the list's size with all", list(&file, 0));
+        note("longer than any value may be", set(&file, b"user.big", 65_537, 0));
+    }
+    out
+}
+
+/// What only some local file systems have room for: values and lists of 64 KiB.
+fn large_xattrs(dir: &Path) {
+    let file = dir.join("large");
+    fs::write(&file, "bytes").expect("a file");
+    let value = |seed: u8| (0..65_536u32).map(|i| (i % 251) as u8 ^ seed).collect::<Vec<u8>>();
+    let names = ["user.big", "trusted.big", "security.big"];
+    for (seed, name) in names.iter().enumerate() {
+        sys::set_xattr(&file, name, &value(seed as u8)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    for (seed, name) in names.iter().enumerate() {
+        assert!(sys::get_xattr(&file, name).expect("its value") == value(seed as u8), "{name}");
+        assert_eq!(said(sys::get_xattr_into(&file, name.as_bytes(), 65_535), |n| n), Err(libc::ERANGE));
+        assert_eq!(said(sys::get_xattr_into(&file, name.as_bytes(), 0), |n| n), Ok(65_536));
+    }
+    for name in names {
+        sys::remove_xattr(&file, name).expect("it can be removed");
+    }
+    // 256 names of 255 bytes, each with a zero behind it, are a list of 64 KiB: the longest that there is.
+    for n in 0..256 {
+        let name = format!("user.{n:0>250}");
+        sys::set_xattr(&file, &name, &[n as u8; 3]).unwrap_or_else(|e| panic!("name {n}: {e}"));
+    }
+    assert_eq!(said(sys::list_xattr_into(&file, 0), |n| n), Ok(65_536));
+    assert_eq!(said(sys::list_xattr_into(&file, 65_535), |n| n), Err(libc::ERANGE));
+    assert_eq!(sys::list_xattr(&file).expect("the list").len(), 256);
+    sys::set_xattr(&file, "user.one-more", b"x").expect("one more");
+    assert_eq!(said(sys::list_xattr_into(&file, 65_535), |n| n), Err(libc::ERANGE));
+    for size in [65_536, 200_000] {
+        assert_eq!(said(sys::list_xattr_into(&file, size), |n| n), Err(libc::E2BIG), "a list longer than Linux can tell");
+    }
+    assert_eq!(sys::get_xattr(&file, &format!("user.{:0>250}", 255)).expect("its value"), [255; 3]);
+    sys::remove_xattr(&file, "user.one-more").expect("it can be removed");
+    assert_eq!(sys::list_xattr(&file).expect("the list").len(), 256);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn extended_attributes_are_as_on_a_local_file_system() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let got = xattr_calls(&cluster.mount(1));
+    // ext4 and XFS say the same; other local file systems, on which this may be run, have rules of their own.
+    let local = tempfile::tempdir_in(cluster.dir()).expect("a directory");
+    let kind = nix::sys::statfs::statfs(local.path()).expect("statfs").filesystem_type();
+    if [nix::sys::statfs::EXT4_SUPER_MAGIC, nix::sys::statfs::XFS_SUPER_MAGIC].contains(&kind) {
+        for (got, right) in got.iter().zip(xattr_calls(local.path())) {
+            assert_eq!(*got, right);
+        }
+    }
+    let said = |what: &str| got.iter().find(|(name, _)| name == what).map(|(_, said)| *said);
+    for (what, right) in [
+        ("get none", Err(libc::ENODATA)),
+        ("replace none", Err(libc::ENODATA)),
+        ("create again", Err(libc::EEXIST)),
+        ("a buffer that is too small", Err(libc::ERANGE)),
+        ("the list, a byte too small", Err(libc::ERANGE)),
+        ("the list", Ok(18)),
+        ("a name that is too long", Err(libc::ERANGE)),
+        ("set user.", Err(libc::EINVAL)),
+        ("set other.x", Err(libc::EOPNOTSUPP)),
+        ("longer than any value may be", Err(libc::E2BIG)),
+    ] {
+        assert_eq!(said(what), Some(right), "{what}");
+    }
+    large_xattrs(&cluster.mount(1));
+    assert_eq!(sys::list_xattr(&cluster.mount(2).join("large")).expect("the list, on another node").len(), 256);
+    cluster.fsck(2);
+}
