@@ -34,6 +34,7 @@ mod link;
 mod list;
 mod lookup;
 mod make;
+pub(crate) mod meant;
 mod payload;
 mod reclaim;
 mod remove;
@@ -255,7 +256,11 @@ impl<D: Disk> FileSystem<D> {
 
 pub(crate) async fn load<D: Disk>(source: Source<'_, D>, ino: Ino) -> Result<Inode> {
     match source.read(ino.object(), ino.block()).await {
-        Ok(bytes) => Inode::decode(&bytes, ino),
+        Ok(bytes) => {
+            let inode = Inode::decode(&bytes, ino)?;
+            meant::check(ino, inode.generation)?;
+            Ok(inode)
+        }
         // A number that leads nowhere is as good as an inode that is gone.
         Err(FsError::Disk(sld::DiskError::NoSuchBlock(_))) => Err(FsError::Stale),
         Err(error) => Err(error),

@@ -21,6 +21,7 @@ use super::signal;
 use super::translate::{self, Identity, errno};
 use crate::acl;
 use crate::ops::data::{Allocate, At, Payload, Seek};
+use crate::ops::meant;
 use crate::ops::xattr::SetMode;
 use crate::{Attributes, Caller, DirEntry, FileSystem, FsError, Ino, NewNode, SetAttributes};
 use fuser::{
@@ -200,10 +201,13 @@ macro_rules! operation {
         let $front = $self.0.clone();
         let $caller = caller($request);
         let $start = $front.known.begin();
-        $self.drive($thread, async move {
-            let _ = (&$caller, &$start);
-            $body
-        });
+        $self.drive(
+            $thread,
+            meant::scope(async move {
+                let _ = (&$caller, &$start);
+                $body
+            }),
+        );
     }};
 }
 

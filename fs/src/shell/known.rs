@@ -317,6 +317,10 @@ impl Known {
         // An inode that is new to the kernel is made with what it is first told, whatever has been invalidated meanwhile.
         let inode = shard.entry(ino).or_insert_with(|| Box::new(Inode { settled: true, ..Inode::default() }));
         if inode.generation != generation {
+            if was_known && !looked_up {
+                // By another way than a look-up the kernel learns of no generation.
+                return Duration::ZERO;
+            }
             // The kernel makes a new inode of it, without pages. The look-ups of the old one are still to be forgotten.
             inode.generation = generation;
             inode.set_pages(None);
@@ -407,6 +411,11 @@ impl Known {
                 shard.remove(&ino);
             }
         }
+    }
+
+    /// The generation that the kernel was told of an inode.
+    pub(crate) fn generation(&self, ino: u64) -> Option<u64> {
+        self.shard(ino).lock().get(&ino).map(|inode| inode.generation)
     }
 
     /// Whether the kernel knows the inode.

@@ -97,7 +97,7 @@ impl<D: Disk> Server<D> {
         let notify = Notify::new(fuse.try_clone()?, runtime.clone())?;
         let (stop, stopped) = watch::channel(false);
         let (state, states) = watch::channel(State::Starting);
-        let identity = Identity::new(self.fs.root());
+        let identity = Identity::new(self.fs.root(), known.clone());
         let company = Company::join(&self.mounts.live);
         // Before anything of this mount can change something.
         let mut believed = Duration::ZERO;
@@ -107,6 +107,7 @@ impl<D: Disk> Server<D> {
         if let Some((locks, _)) = &options.locks {
             *self.mounts.locks.lock() = Arc::downgrade(locks);
             let handles = Arc::downgrade(&handles);
+            let identity = identity.clone();
             locks.on_lost(Box::new(move |objects| {
                 let Some(handles) = handles.upgrade() else { return false };
                 handles.lose_locks(objects.iter().filter_map(|object| match object {

@@ -1,24 +1,34 @@
 //! Between the file system's words and those of `fuser`.
 
+use super::known::Known;
+use crate::ops::meant;
 use crate::{Attributes, FileKind, FsError, Ino, NewNode, Time};
 use fuser::{Errno, FileAttr, FileType, INodeNo, TimeOrNow};
 use nix::libc;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Inode numbers: the kernel calls the root 1, the file system by its block.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Identity {
     root: Ino,
+    known: Arc<Known>,
 }
 
 impl Identity {
-    pub(crate) fn new(root: Ino) -> Self {
-        Identity { root }
+    pub(crate) fn new(root: Ino, known: Arc<Known>) -> Self {
+        Identity { root, known }
     }
 
-    /// The file system's number for the kernel's.
+    /// The file system's number for the kernel's. The operation under way means the generation that the kernel was told.
     pub(crate) fn ino(&self, node: INodeNo) -> Ino {
-        if node == INodeNo::ROOT { self.root } else { Ino(node.0) }
+        if node == INodeNo::ROOT {
+            return self.root;
+        }
+        if let Some(generation) = self.known.generation(node.0) {
+            meant::note(Ino(node.0), generation);
+        }
+        Ino(node.0)
     }
 
     /// The kernel's number for the file system's (also `st_ino`).
