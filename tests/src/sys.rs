@@ -383,3 +383,13 @@ pub fn lock_in_the_way(file: &File, mode: LockMode, start: u64, len: u64) -> io:
     };
     Ok(Some((mode, lock.l_start as u64, lock.l_len as u64, lock.l_pid)))
 }
+
+/// Whether a program is there to be run: in `$PATH`, or where Debian keeps PostgreSQL's.
+#[must_use]
+pub fn is_installed(program: &str) -> bool {
+    let mut places: Vec<std::path::PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    for version in std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
+        places.push(version.path().join("bin"));
+    }
+    places.iter().any(|place| place.join(program).exists())
+}

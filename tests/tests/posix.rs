@@ -5,7 +5,8 @@ use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::cluster::{Options, RealCluster, clock};
@@ -103,6 +104,42 @@ fn a_number_that_is_used_again_has_another_generation() {
         again += round(&cluster.mount(1), &cluster.mount(2), &mut seen);
         assert!(clock() < end, "hardly any number is used again: {again} of {}", seen.len());
     }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_directory_that_another_node_removed_is_not_taken_for_a_later_one() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    fs::create_dir(here.join("old")).expect("a directory");
+    // As a working directory is: the kernel knows it, and no node has it open.
+    let held = File::options().read(true).custom_flags(libc::O_PATH).open(there.join("old")).expect("it can be held");
+    let within = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
+    let ino = held.metadata().expect("it is there").ino();
+    fs::remove_dir(here.join("old")).expect("it can be removed");
+    let end = clock() + Duration::from_secs(60);
+    let new: PathBuf = 'again: loop {
+        assert!(clock() < end, "the number is not used again");
+        File::open(&here).and_then(|dir| dir.sync_all()).expect("it can be synced");
+        let dirs: Vec<PathBuf> = (0..40).map(|n| here.join(format!("new-{n}"))).collect();
+        for dir in &dirs {
+            fs::create_dir(dir).expect("a directory");
+            if fs::metadata(dir).expect("it is there").ino() == ino {
+                break 'again dir.clone();
+            }
+        }
+        dirs.iter().for_each(|dir| fs::remove_dir(dir).expect("it can be removed"));
+    };
+    let stale = |what: io::Result<()>| assert_eq!(what.expect_err("it is gone").raw_os_error(), Some(libc::ESTALE));
+    stale(held.metadata().map(drop));
+    stale(fs::create_dir(within.join("strange")));
+    stale(fs::set_permissions(&within, fs::Permissions::from_mode(0o700)));
+    assert_eq!(fs::read_dir(&new).expect("it can be listed").count(), 0);
+    assert_eq!(fs::metadata(&new).expect("it is there").permissions().mode() & 0o777, 0o755);
+    // Who comes by the name comes to the new one.
+    let named = there.join(new.file_name().expect("a name"));
+    fs::write(named.join("file"), "1").expect("a file");
+    assert_eq!(fs::read(new.join("file")).expect("it is there"), b"1");
 }
 
 #[test]

@@ -2,30 +2,22 @@
 //! code whether all went well. What a script needs is named in it; where that is not installed, the test says so and passes.
 //! They need root and /dev/fuse, and are run by `ci`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tests::cluster::{Options, RealCluster, clock, run};
+use tests::sys::is_installed;
 
 const LONG: Duration = Duration::from_secs(300);
-
-/// Where programs are looked for, beside `$PATH`: Debian keeps PostgreSQL's elsewhere.
-fn places() -> Vec<PathBuf> {
-    let mut places: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
-    for version in std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
-        places.push(version.path().join("bin"));
-    }
-    places
-}
 
 #[track_caller]
 fn script(name: &str, env: &[(&str, &str)]) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(name);
     let text = std::fs::read_to_string(&path).expect("the script is there");
     let needs = text.lines().find_map(|l| l.strip_prefix("# needs: ")).expect("a script names what it needs");
-    let lacking: Vec<&str> =
-        needs.split_whitespace().filter(|program| !places().iter().any(|p| p.join(program).exists())).collect();
+    let lacking: Vec<&str> = needs.split_whitespace().filter(|program| !is_installed(program)).collect();
     if !lacking.is_empty() {
+        // `ci` says so, too, before and after all.
         println!("{name}: not run, {} is not installed", lacking.join(", "));
         return;
     }
@@ -60,4 +52,6 @@ scripts! {
     tar_cp_find_and_du_say_the_same: "listing.sh";
     maildir_from_three_nodes: "maildir.sh", "MESSAGES" = "60";
     stressors_verify: "stress.sh", "SECONDS_EACH" = "1";
+    pjdfstest_passes: "pjdfstest.sh";
+    fsx_finds_nothing: "fsx.sh", "OPS" = "20000";
 }

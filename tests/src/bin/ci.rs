@@ -190,6 +190,21 @@ fn missing() -> Vec<String> {
     missing
 }
 
+/// The real programs that are left out, because what their scripts need is not installed.
+fn left_out(root: &Path) -> Vec<String> {
+    let mut scripts: Vec<PathBuf> =
+        std::fs::read_dir(root.join("tests/programs")).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    scripts.sort();
+    let lacks = |script: &PathBuf| {
+        let text = std::fs::read_to_string(script).ok()?;
+        let needs = text.lines().find_map(|line| line.strip_prefix("# needs: "))?;
+        let lacking: Vec<&str> = needs.split_whitespace().filter(|program| !tests::sys::is_installed(program)).collect();
+        let name = script.file_name()?.to_string_lossy().into_owned();
+        (!lacking.is_empty()).then(|| format!("{name} ({} is not installed)", lacking.join(", ")))
+    };
+    scripts.iter().filter_map(lacks).collect()
+}
+
 /// Seconds since the machine started.
 fn uptime() -> Duration {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
@@ -221,6 +236,8 @@ fn main() -> ExitCode {
         println!("0 passed, 1 failed");
         return ExitCode::FAILURE;
     }
+    let left_out = left_out(&context.root);
+    left_out.iter().for_each(|what| println!("ci: not run: {what}"));
     let mut all = Tally::default();
     let mut lines = Vec::new();
     let begun = uptime();
@@ -233,6 +250,7 @@ fn main() -> ExitCode {
         lines.push(format!("{:8} {:24} {:5} passed {:3} failed {took:5} s", step.name, step.what, tally.passed, tally.failed));
     }
     println!("\n{}", lines.join("\n"));
+    left_out.iter().for_each(|what| println!("not run: {what}"));
     println!("seed of this commit: {}; {} s in all", context.seed, uptime().saturating_sub(begun).as_secs());
     println!("{} passed, {} failed", all.passed, all.failed);
     if all.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
