@@ -11,7 +11,7 @@
 use crate::time::Instant;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 mod group;
@@ -19,6 +19,57 @@ mod net;
 
 pub use group::{FixedCluster, FixedGroup, test_config};
 pub use net::{Count, NetOptions, SimEndpoint, SimNet};
+
+/// Counts what happens to messages and disks below all layers, and makes it stop after so much of it: the instant of a power
+/// loss, to the event. Clones are the same gate.
+#[derive(Clone, Debug, Default)]
+pub struct Gate(Arc<GateState>);
+
+#[derive(Debug)]
+struct GateState {
+    passed: AtomicU64,
+    last: AtomicU64,
+}
+
+impl Default for GateState {
+    fn default() -> Self {
+        GateState { passed: AtomicU64::new(0), last: AtomicU64::new(u64::MAX) }
+    }
+}
+
+impl Gate {
+    /// Whether one more event may happen. If not, it must not, and whoever waits for it never hears of it.
+    #[must_use]
+    pub fn pass(&self) -> bool {
+        if self.is_closed() {
+            return false;
+        }
+        self.0.passed.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    /// Events that have happened.
+    #[must_use]
+    pub fn passed(&self) -> u64 {
+        self.0.passed.load(Ordering::Relaxed)
+    }
+
+    /// Lets `more` events happen, and then none.
+    pub fn close_after(&self, more: u64) {
+        self.0.last.store(self.passed().saturating_add(more), Ordering::Relaxed);
+    }
+
+    /// Lets everything happen again.
+    pub fn open(&self) {
+        self.0.last.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// Whether nothing happens any more.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.passed() >= self.0.last.load(Ordering::Relaxed)
+    }
+}
 
 /// A small generator of pseudo-random numbers (splitmix64): the same seed gives the same numbers, everywhere.
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@
 
 use crate::api::BlockDevice;
 use bytes::{Bytes, BytesMut};
-use cluster::sim::Rng;
+use cluster::sim::{Gate, Rng};
 use cluster::{BLOCK_SIZE, BoxFuture, watch};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,11 +23,13 @@ pub struct DiskOptions {
     pub write_us: Range<u64>,
     /// Time of a flush, in microseconds.
     pub flush_us: Range<u64>,
+    /// What may happen to it at all: each write and each flush is one event.
+    pub gate: Gate,
 }
 
 impl Default for DiskOptions {
     fn default() -> Self {
-        DiskOptions { read_us: 20..150, write_us: 20..150, flush_us: 100..1_000 }
+        DiskOptions { read_us: 20..150, write_us: 20..150, flush_us: 100..1_000, gate: Gate::default() }
     }
 }
 
@@ -280,6 +282,14 @@ impl SimDisk {
         }
     }
 
+    /// What the gate keeps from happening never returns.
+    async fn pass(&self) {
+        let gate = self.shared.state.lock().options.gate.clone();
+        if !gate.pass() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// A call of a life that is over never returns.
     async fn hang_if_dead(&self, life: u64) {
         if self.shared.state.lock().life != life {
@@ -364,6 +374,7 @@ impl BlockDevice for SimDisk {
             assert!(parts.iter().all(|p| p.len() % BLOCK_SIZE == 0), "whole blocks only");
             let count = (length / BLOCK_SIZE) as u64;
             self.check(at, count)?;
+            self.pass().await;
             let life = {
                 // From here on a crash may leave any part of it; what is read before the call returns is not defined, and
                 // here it is the new contents.
@@ -414,6 +425,7 @@ impl BlockDevice for SimDisk {
             };
             let life = self.take_time(|o| o.flush_us.clone()).await;
             self.hang_if_dead(life).await;
+            self.pass().await;
             let mut state = self.shared.state.lock();
             state.counts.flushes += 1;
             if state.take_fault(|f| matches!(f, Fault::FlushError)).is_some() {

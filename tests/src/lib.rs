@@ -4,6 +4,8 @@
 pub mod cluster;
 pub mod driver;
 pub mod generate;
+pub mod history;
+pub mod linear;
 pub mod locker;
 pub mod model;
 pub mod op;

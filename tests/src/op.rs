@@ -22,6 +22,7 @@ pub mod errno {
     pub const ELOOP: i32 = 40;
     pub const ENODATA: i32 = 61;
     pub const EOPNOTSUPP: i32 = 95;
+    pub const ESTALE: i32 = 116;
 }
 
 /// How `rename` treats an existing target.
@@ -197,8 +198,25 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// Whether it walks a path (and not only uses a descriptor).
+    #[must_use]
+    pub fn has_path(&self) -> bool {
+        !matches!(
+            self,
+            Op::Close { .. }
+                | Op::Read { .. }
+                | Op::Write { .. }
+                | Op::Truncate { .. }
+                | Op::Fallocate { .. }
+                | Op::Fsync { .. }
+                | Op::Fstat { .. }
+        )
+    }
+}
+
 /// A POSIX access control list with at most one named user.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Acl {
     /// The owner's permissions.
     pub owner: u16,
@@ -256,7 +274,7 @@ pub struct Step {
 }
 
 /// What a file is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(missing_docs)]
 pub enum FileKind {
     File,

@@ -8,6 +8,8 @@
 
 use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
 use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 /// Longest name in bytes.
 pub const NAME_MAX: usize = 255;
@@ -21,7 +23,7 @@ const ROOT: u64 = 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Contents {
     size: u64,
-    pages: BTreeMap<u64, Box<[u8]>>,
+    pages: BTreeMap<u64, Arc<[u8]>>,
 }
 
 impl Contents {
@@ -46,8 +48,8 @@ impl Contents {
         while at < end {
             let page = at / PAGE;
             let to = ((page + 1) * PAGE).min(end);
-            let data = self.pages.entry(page).or_insert_with(|| vec![0; PAGE as usize].into_boxed_slice());
-            data[(at - page * PAGE) as usize..(to - page * PAGE) as usize]
+            let data = self.pages.entry(page).or_insert_with(|| vec![0; PAGE as usize].into());
+            Arc::make_mut(data)[(at - page * PAGE) as usize..(to - page * PAGE) as usize]
                 .copy_from_slice(&bytes[(at - offset) as usize..(to - offset) as usize]);
             at = to;
         }
@@ -65,7 +67,7 @@ impl Contents {
             if from == 0 && to == PAGE {
                 self.pages.remove(&page);
             } else if let Some(data) = self.pages.get_mut(&page) {
-                data[from as usize..to as usize].fill(0);
+                Arc::make_mut(data)[from as usize..to as usize].fill(0);
             }
         }
     }
@@ -535,11 +537,18 @@ impl Oracle {
 
     fn link(&mut self, from: &str, to: &str) -> Outcome {
         let ino = self.resolve(from, false)?;
+        self.link_inode(ino, to)
+    }
+
+    fn link_inode(&mut self, ino: u64, to: &str) -> Outcome {
         let (dir, name) = self.parent(to)?;
         match self.child(dir, name) {
             Ok(_) => return Err(EEXIST),
             Err(ENOENT) => {}
             Err(e) => return Err(e),
+        }
+        if self.nodes.get(&ino).is_none_or(|node| node.nlink == 0) {
+            return Err(ENOENT);
         }
         if self.node(ino).is_dir() {
             return Err(EPERM);
@@ -806,7 +815,70 @@ impl Comparer {
     }
 }
 
+/// For the search of an order of concurrent calls (`history`).
 impl Oracle {
+    /// The inode that a path leads to; a last symbolic link is not followed.
+    ///
+    /// # Errors
+    /// As `lstat`.
+    pub fn find(&self, path: &str) -> Result<u64, i32> {
+        self.resolve(path, false)
+    }
+
+    /// Attributes of an inode, if it is there.
+    #[must_use]
+    pub fn attributes(&self, ino: u64) -> Option<Stat> {
+        match self.nodes.get(&ino).map(|_| self.stat(ino)) {
+            Some(Reply::Stat(stat)) => Some(stat),
+            _ => None,
+        }
+    }
+
+    /// The second half of `link`: the file was found before, and may have gone since.
+    ///
+    /// # Errors
+    /// As `link`.
+    pub fn link_found(&mut self, ino: u64, to: &str) -> Outcome {
+        self.tick += 1;
+        self.link_inode(ino, to)
+    }
+
+    /// Tells states apart: all but times, and the numbers that inodes happen to have. Returns those by which it called the
+    /// inodes.
+    pub fn fingerprint(&self, hasher: &mut impl Hasher) -> BTreeMap<u64, u64> {
+        let mut numbers = BTreeMap::from([(ROOT, 0)]);
+        let mut order = vec![ROOT];
+        let mut at = 0;
+        let mut number = |ino: u64, order: &mut Vec<u64>| {
+            let next = numbers.len() as u64;
+            *numbers.entry(ino).or_insert_with(|| {
+                order.push(ino);
+                next
+            })
+        };
+        for (slot, (ino, how)) in &self.slots {
+            (slot, number(*ino, &mut order), how.read, how.write, how.append).hash(hasher);
+        }
+        while let Some(ino) = order.get(at).copied() {
+            at += 1;
+            let node = self.node(ino);
+            (node.kind(), node.mode, node.uid, node.gid, node.nlink, &node.xattrs, node.access, node.default).hash(hasher);
+            match &node.body {
+                Body::File(contents) => {
+                    let pages = contents.pages.iter().filter(|(_, data)| data.iter().any(|b| *b != 0));
+                    (contents.size, pages.collect::<Vec<_>>()).hash(hasher);
+                }
+                Body::Dir(entries) => {
+                    entries.len().hash(hasher);
+                    entries.iter().for_each(|(name, ino)| (name, number(*ino, &mut order)).hash(hasher));
+                }
+                Body::Symlink(target) => target.hash(hasher),
+                Body::Fifo | Body::Whiteout => {}
+            }
+        }
+        numbers
+    }
+
     /// Whether an inode of the oracle still exists.
     #[must_use]
     pub fn is_live(&self, ino: u64) -> bool {

@@ -4,8 +4,10 @@
 
 pub mod concurrent;
 pub mod exact;
+pub mod linear;
 pub mod registers;
 pub mod stack;
+pub mod sweep;
 pub mod world;
 
 use clap::ValueEnum;
@@ -37,6 +39,8 @@ pub enum Mode {
     Exact,
     /// All nodes at once, judged by registers.
     Concurrent,
+    /// Clients on all nodes at once on one object; their answers must have an order.
+    Linear,
 }
 
 /// A bug put in on purpose.
@@ -68,12 +72,17 @@ impl Planted {
     #[must_use]
     pub fn plan(self, seed: u64, nodes: usize) -> Plan {
         let mode = if seed.is_multiple_of(2) { Mode::Exact } else { Mode::Concurrent };
-        let mode = if matches!(self, Planted::NoFsync | Planted::EndlessLease) { Mode::Concurrent } else { mode };
+        let mode = match self {
+            Planted::NoFsync => Mode::Concurrent,
+            // Each of these two finds it by itself.
+            Planted::EndlessLease => [Mode::Linear, Mode::Concurrent][(seed % 2) as usize],
+            _ => mode,
+        };
         let steps = match mode {
             Mode::Exact => 200,
             // Somebody who is cut off must be asked in the moment in which it matters.
             Mode::Concurrent if self == Planted::EndlessLease => 120,
-            Mode::Concurrent => 60,
+            Mode::Concurrent | Mode::Linear => 60,
         };
         Plan { seed, nodes, steps, faults: Faults::All, mode, planted: Some(self) }
     }
@@ -147,11 +156,38 @@ pub fn run(plan: &Plan) -> Result<Report, String> {
     })
 }
 
+/// Runs a workload in which all nodes lose power after so many messages, writes and flushes of its decisive part (`None`: when
+/// that has ended); returns how many there were.
+///
+/// # Errors
+/// What is wrong.
+pub fn crash_point(
+    seed: u64,
+    nodes: usize,
+    before: sweep::Before,
+    after: Option<u64>,
+    planted: Option<Planted>,
+) -> Result<u64, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .map_err(|e| format!("no runtime: {e}"))?;
+    runtime.block_on(async {
+        BEGUN.set(Some(tokio::time::Instant::now()));
+        let mut world = World::new(&WorldOptions { planted, ..WorldOptions::new(seed, nodes) }).await?;
+        let events = sweep::run(&mut world, before, after, planted == Some(Planted::NoFsync)).await?;
+        world.finish().await?;
+        Ok(events)
+    })
+}
+
 async fn drive(world: &mut World, plan: &Plan) -> Result<(), String> {
     let faults = plan.faults == Faults::All;
     match plan.mode {
         Mode::Exact => exact::run(world, plan.seed, plan.steps, faults).await?,
         Mode::Concurrent => concurrent::run(world, plan.steps, faults, plan.planted == Some(Planted::NoFsync)).await?,
+        Mode::Linear => linear::run(world, plan.steps, faults).await?,
     }
     world.finish().await
 }

@@ -58,6 +58,21 @@ fn one_file_changed_through_three_mounts_is_as_the_model_says() {
     cluster.fsck(3);
 }
 
+/// Clients on 1 to 4 nodes at once on a file, or on the names of a directory: one order explains all that they are told.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_concurrent_clients_are_told_has_an_order() {
+    let cluster = RealCluster::up(&Options { nodes: 4, ..Options::default() });
+    let linear = env!("CARGO_BIN_EXE_linear");
+    for nodes in 1..=4 {
+        let seed = nodes.to_string();
+        good(&cluster, linear, &cluster.mounts()[..nodes], &["--seconds", "6", "--seed", &seed]);
+    }
+    let (found, _) = program(linear, &cluster.mounts()[..2], &["--seconds", "6", "--stale"]);
+    assert!(!found, "reads that return earlier bytes were not found");
+    cluster.fsck(4);
+}
+
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]
 fn a_big_directory_is_listed_without_gaps_while_it_changes() {

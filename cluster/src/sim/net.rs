@@ -1,6 +1,6 @@
 //! The simulated network: sessions, delays, cuts and deaths.
 
-use super::Rng;
+use super::{Gate, Rng};
 use crate::ids::{Incarnation, NodeId};
 use crate::transport::{MESSAGE_BYTES_MAX, Message, Peer, PeerAddr, PeerWatcher, Receiver, Service, Transport};
 use parking_lot::Mutex;
@@ -28,6 +28,8 @@ pub struct NetOptions {
     pub break_one_in: u64,
     /// Most bytes on their way or held back in one direction before the session is ended.
     pub queue_bytes: usize,
+    /// What may be delivered at all. Messages of the agreement and of the membership are not counted, but stop, too.
+    pub gate: Gate,
 }
 
 impl Default for NetOptions {
@@ -40,6 +42,7 @@ impl Default for NetOptions {
             death_ms: 1..20,
             break_one_in: 0,
             queue_bytes: 64 << 20,
+            gate: Gate::default(),
         }
     }
 }
@@ -564,7 +567,12 @@ impl NetState {
                 *pair.side(low) = None;
                 self.ended(at, peer).into_iter().collect()
             }
-            What::Deliver(flight) => self.deliver(flight, event.time),
+            What::Deliver(flight) => {
+                let counts = matches!(flight.service, Service::Mirror | Service::Token | Service::Lock);
+                let gate = &self.options.gate;
+                let passes = if counts { gate.pass() } else { !gate.is_closed() };
+                if passes { self.deliver(flight, event.time) } else { Vec::new() }
+            }
         }
     }
 

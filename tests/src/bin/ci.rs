@@ -119,13 +119,17 @@ fn simulate(context: &Context) -> Tally {
     let fresh = |from: u64, count: u64| format!("{}..{}", context.seed + from, context.seed + from + count);
     let (three, five) = (fresh(0, 30), fresh(1000, 15));
     // Whether it decides. About one fresh seed in 250 still fails (docs/testing.md, "Open findings").
-    let runs: [(bool, &[&str]); 9] = [
+    let runs: [(bool, &[&str]); 13] = [
         (true, &["--seeds", "1..61"]),
         (true, &["--seeds", "1..31", "--nodes", "5"]),
         (false, &["--seeds", &three, "--steps", "150"]),
         (false, &["--seeds", &five, "--nodes", "5"]),
         (true, &["--seeds", "1..21", "--steps", "200", "--faults", "none"]),
         (true, &["--seeds", "1..41", "--steps", "150", "--faults", "none", "--mode", "exact"]),
+        (true, &["--seeds", "1..31", "--mode", "linear"]),
+        (true, &["--seeds", "1..21", "--mode", "linear", "--faults", "none"]),
+        (true, &["--seeds", "1..11", "--mode", "linear", "--nodes", "5"]),
+        (true, &["--sweep", "19"]),
         (true, &["--seed", "162"]),
         (true, &["--seed", "5012"]),
         (true, &["--seed", "5", "--nodes", "5", "--mode", "concurrent"]),

@@ -1,11 +1,12 @@
 //! Runs simulated clusters: `sim --seed S` replays one run, `sim --seeds A..B` soaks, `sim --planted` proves that planted
 //! bugs are found.
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use std::process::ExitCode;
 use std::time::Duration;
 use tests::cluster::clock;
-use tests::sim::{Faults, Mode, Plan, Planted, Report, run};
+use tests::sim::sweep::Before;
+use tests::sim::{Faults, Mode, Plan, Planted, Report, crash_point, run};
 
 /// Simulated clusters of Pulsar.
 #[derive(Parser)]
@@ -34,6 +35,15 @@ struct Args {
     /// Plant every bug in turn; each must be found within some seeds.
     #[arg(long)]
     planted: bool,
+    /// Power losses after every N-th message, write or flush of a short workload, on 1 node up to `--nodes`, in each situation.
+    #[arg(long, value_name = "N")]
+    sweep: Option<u64>,
+    /// Of the sweep, only this situation.
+    #[arg(long, value_enum)]
+    before: Option<Before>,
+    /// Of the sweep, only the power loss after so many events.
+    #[arg(long)]
+    after: Option<u64>,
     /// Go on after a failure.
     #[arg(long)]
     keep_going: bool,
@@ -154,6 +164,55 @@ fn planted(args: &Args) -> bool {
     all
 }
 
+/// Sweeps the points of power losses; the seed decides the workload, and what a disk keeps of what it had not flushed.
+fn sweep(args: &Args, every: u64) -> bool {
+    let begun = clock();
+    let (mut points, mut failed) = (0, 0);
+    let seed = args.seed.unwrap_or(1);
+    for nodes in if args.after.is_some() { args.nodes } else { 1 }..=args.nodes {
+        for before in args.before.map_or_else(|| Before::value_variants().to_vec(), |b| vec![b]) {
+            // Without a majority nothing goes on.
+            if nodes < 3 && matches!(before, Before::Down | Before::Resync) {
+                continue;
+            }
+            let mut try_one = |after: Option<u64>| match crash_guarded(args, seed, nodes, before, after) {
+                Ok(events) => Some(events),
+                Err(what) => {
+                    let name = before.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default();
+                    let point = after.map_or_else(String::new, |a| format!(" --after {a}"));
+                    println!("{nodes} nodes, {before:?}, power lost after {after:?} events: {what}");
+                    println!("replay: sim --sweep 1 --seed {seed} --nodes {nodes} --before {name}{point}");
+                    failed += 1;
+                    None
+                }
+            };
+            if args.after.is_some() {
+                points += 1;
+                try_one(args.after);
+                continue;
+            }
+            let Some(events) = try_one(None) else { continue };
+            for after in (seed % every..events).step_by(every as usize) {
+                points += 1;
+                if try_one(Some(after)).is_none() && !args.keep_going {
+                    break;
+                }
+            }
+            println!("{nodes} nodes, {before:?}: {events} events, {:.1} s so far", clock().saturating_sub(begun).as_secs_f64());
+        }
+    }
+    println!("{points} power losses, {failed} failed");
+    failed == 0
+}
+
+fn crash_guarded(args: &Args, seed: u64, nodes: usize, before: Before, after: Option<u64>) -> Result<u64, String> {
+    let result = std::panic::catch_unwind(|| crash_point(seed, nodes, before, after, args.plant));
+    result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+        Err(format!("panic: {}", text.unwrap_or_default()))
+    })
+}
+
 /// Shows the virtual time of the run.
 struct VirtualTime;
 
@@ -179,6 +238,8 @@ fn main() -> ExitCode {
     }
     let good = if args.planted {
         planted(&args)
+    } else if let Some(every) = args.sweep {
+        sweep(&args, every.max(1))
     } else {
         let (from, to) = args.seeds.or(args.seed.map(|s| (s, s + 1))).unwrap_or((1, 21));
         soak(&args, from, to)

@@ -261,6 +261,16 @@ fn stat(a: &Attributes) -> Reply {
 
 impl<D: Disk> Driver for NodeDriver<D> {
     async fn run(&mut self, node: usize, op: &Op) -> Outcome {
+        match self.attempt(node, op).await {
+            // What a name led to has gone meanwhile: the kernel walks the path again, once.
+            Err(ESTALE) if op.has_path() => self.attempt(node, op).await,
+            outcome => outcome,
+        }
+    }
+}
+
+impl<D: Disk> NodeDriver<D> {
+    async fn attempt(&mut self, node: usize, op: &Op) -> Outcome {
         let Some(fs) = self.nodes[node].clone() else { return Err(EIO) };
         let done = |result: Result<(), FsError>| result.map(|()| Reply::Done).map_err(|e| err(&e));
         let caller = Self::caller();

@@ -23,19 +23,32 @@ const PLACED: usize = 2;
 /// Registers per node in all; the last one is written by replacing it.
 const PER_NODE: usize = PLACED + 1;
 
-struct Shared {
-    registers: Vec<Mutex<Register>>,
+pub(super) struct Shared {
+    pub(super) registers: Vec<Mutex<Register>>,
     /// Nodes that may have lost something since, or may be about to.
     uncertain: Vec<AtomicBool>,
     /// How often a node became uncertain.
     doubts: Vec<AtomicU64>,
-    failure: Mutex<Option<String>>,
-    counts: Mutex<BTreeMap<&'static str, u64>>,
+    pub(super) failure: Mutex<Option<String>>,
+    pub(super) counts: Mutex<BTreeMap<&'static str, u64>>,
     /// A planted bug: fsync is left out.
     no_fsync: bool,
 }
 
 impl Shared {
+    pub(super) fn new(nodes: usize, no_fsync: bool) -> Shared {
+        let lens = [300, 5000, 40_000, 4096, 13_000];
+        let registers = (0..nodes * PER_NODE).map(|n| Mutex::new(Register::new(n as u32, lens[n % lens.len()]))).collect();
+        Shared {
+            registers,
+            uncertain: (0..nodes).map(|_| AtomicBool::new(false)).collect(),
+            doubts: (0..nodes).map(|_| AtomicU64::new(0)).collect(),
+            failure: Mutex::new(None),
+            counts: Mutex::new(BTreeMap::new()),
+            no_fsync,
+        }
+    }
+
     fn fail(&self, what: String) {
         self.failure.lock().get_or_insert(what);
     }
@@ -48,13 +61,13 @@ impl Shared {
         register / PER_NODE
     }
 
-    fn lose(&self, node: usize) {
+    pub(super) fn lose(&self, node: usize) {
         self.uncertain[node].store(true, Ordering::Relaxed);
         self.doubts[node].fetch_add(1, Ordering::Relaxed);
         self.registers[node * PER_NODE..(node + 1) * PER_NODE].iter().for_each(|r| r.lock().lose());
     }
 
-    fn trust(&self, node: usize) {
+    pub(super) fn trust(&self, node: usize) {
         self.uncertain[node].store(false, Ordering::Relaxed);
     }
 }
@@ -64,7 +77,7 @@ fn path(register: usize) -> String {
 }
 
 /// One node's program, over one life of its file system.
-struct Program {
+pub(super) struct Program {
     shared: Arc<Shared>,
     node: usize,
     rng: Rng,
@@ -243,6 +256,20 @@ impl Program {
         }
     }
 
+    /// Replaces its register, writes one in place, makes names beside that; without a pause.
+    async fn script(mut self, kind: u8) {
+        for number in 0..2 {
+            if kind == 0 {
+                self.replace().await;
+                self.read(self.rng.clone().below(self.shared.registers.len() as u64) as usize).await;
+                self.replace().await;
+            } else {
+                self.churn(number).await;
+                self.write_in_place().await;
+            }
+        }
+    }
+
     async fn work(mut self, kind: u8) {
         let mut number = 0;
         loop {
@@ -262,12 +289,44 @@ impl Program {
 }
 
 /// The programs of the nodes that run.
-struct Programs {
+pub(super) struct Programs {
     shared: Arc<Shared>,
     tasks: Vec<Vec<JoinHandle<()>>>,
 }
 
 impl Programs {
+    pub(super) fn new(shared: Arc<Shared>, nodes: usize) -> Programs {
+        Programs { shared, tasks: (0..nodes).map(|_| Vec::new()).collect() }
+    }
+
+    /// Each node that is up does a little of everything, and ends.
+    pub(super) fn start_scripts(&mut self, world: &mut World, node: usize) {
+        let Some(fs) = world.fs(node) else { return };
+        self.tasks[node] = (0..2)
+            .map(|kind| {
+                let program = self.program(world.rng.fork(), node, fs.clone());
+                tokio::spawn(program.script(kind))
+            })
+            .collect();
+    }
+
+    pub(super) fn have_ended(&self) -> bool {
+        self.tasks.iter().flatten().all(JoinHandle::is_finished)
+    }
+
+    /// Reads all registers on a node.
+    pub(super) async fn read_all(&self, world: &mut World, node: usize) -> Result<(), String> {
+        let Some(fs) = world.fs(node) else { return Err("no file system".into()) };
+        let mut program = self.program(world.rng.fork(), node, fs);
+        let all = async {
+            for which in 0..program.shared.registers.len() {
+                program.read(which).await;
+            }
+        };
+        let read = tokio::time::timeout(PATIENCE, all).await;
+        read.map_err(|_| format!("no progress: the last reads on n{} do not end", node + 1))
+    }
+
     fn start(&mut self, world: &mut World, node: usize) -> Result<(), String> {
         let fs = world.fs(node).ok_or("no file system")?;
         self.tasks[node] = (0..4)
@@ -283,7 +342,7 @@ impl Programs {
         Program { shared: self.shared.clone(), node, rng, driver: NodeDriver::new(vec![Some(fs)]), told: BTreeMap::new() }
     }
 
-    fn stop(&mut self, node: usize) {
+    pub(super) fn stop(&mut self, node: usize) {
         self.tasks[node].drain(..).for_each(|t| t.abort());
     }
 }
@@ -300,17 +359,8 @@ impl Drop for Programs {
 /// What was read wrongly, lost, or did not go on.
 pub async fn run(world: &mut World, steps: usize, faults: bool, no_fsync: bool) -> Result<(), String> {
     let nodes = world.len();
-    let lens = [300, 5000, 40_000, 4096, 13_000];
-    let registers = (0..nodes * PER_NODE).map(|n| Mutex::new(Register::new(n as u32, lens[n % lens.len()]))).collect();
-    let shared = Arc::new(Shared {
-        registers,
-        uncertain: (0..nodes).map(|_| AtomicBool::new(false)).collect(),
-        doubts: (0..nodes).map(|_| AtomicU64::new(0)).collect(),
-        failure: Mutex::new(None),
-        counts: Mutex::new(BTreeMap::new()),
-        no_fsync,
-    });
-    let mut programs = Programs { shared: shared.clone(), tasks: (0..nodes).map(|_| Vec::new()).collect() };
+    let shared = Arc::new(Shared::new(nodes, no_fsync));
+    let mut programs = Programs::new(shared.clone(), nodes);
     prepare(world, &programs).await?;
     for node in 0..nodes {
         programs.start(world, node)?;
@@ -339,16 +389,7 @@ pub async fn run(world: &mut World, steps: usize, faults: bool, no_fsync: bool) 
         programs.stop(node);
     }
     for node in 0..nodes {
-        let Some(fs) = world.fs(node) else { return Err("no file system".into()) };
-        let mut program = programs.program(world.rng.fork(), node, fs);
-        let all = async {
-            for which in 0..program.shared.registers.len() {
-                program.read(which).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, all)
-            .await
-            .map_err(|_| format!("no progress: the last reads on n{} do not end", node + 1))?;
+        programs.read_all(world, node).await?;
     }
     for (what, count) in shared.counts.lock().iter() {
         *world.coverage.entry(what).or_default() += count;
@@ -360,7 +401,7 @@ pub async fn run(world: &mut World, steps: usize, faults: bool, no_fsync: bool) 
 }
 
 /// Makes the registers' files, and makes them durable.
-async fn prepare(world: &mut World, programs: &Programs) -> Result<(), String> {
+pub(super) async fn prepare(world: &mut World, programs: &Programs) -> Result<(), String> {
     let fs = world.fs(0).ok_or("no file system")?;
     let mut program = programs.program(world.rng.fork(), 0, fs.clone());
     let how = OpenHow { write: true, create: true, ..OpenHow::default() };

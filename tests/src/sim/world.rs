@@ -11,7 +11,7 @@ use cluster::config::{Applied, Command, MemberState};
 use cluster::membership::Timing;
 use cluster::raft::bootstrap;
 use cluster::shell::driver::{self, ClusterNode};
-use cluster::sim::{NetOptions, Rng, SimClock, SimNet};
+use cluster::sim::{Gate, NetOptions, Rng, SimClock, SimNet};
 use cluster::store::{MemoryStore, Store};
 use cluster::{Cluster, Config, FsId, Incarnation, Layer, NodeId};
 use fs::FileSystem;
@@ -43,13 +43,14 @@ impl WorldOptions {
     /// The usual cluster for a seed.
     #[must_use]
     pub fn new(seed: u64, nodes: usize) -> Self {
+        let gate = Gate::default();
         WorldOptions {
             seed,
             nodes,
-            copies: 2,
+            copies: nodes.min(2) as u8,
             disk_blocks: 64 * 1024,
-            net: NetOptions::default(),
-            disk: DiskOptions::default(),
+            net: NetOptions { gate: gate.clone(), ..NetOptions::default() },
+            disk: DiskOptions { gate, ..DiskOptions::default() },
             planted: None,
         }
     }
@@ -78,6 +79,8 @@ pub struct World {
     pub rng: Rng,
     /// What happened how often.
     pub coverage: BTreeMap<&'static str, u64>,
+    /// Through which all messages, writes and flushes go.
+    pub gate: Gate,
     nodes: Vec<Node>,
     fs: FsId,
     planted: Option<Planted>,
@@ -107,7 +110,8 @@ impl World {
         let mut rng = Rng::new(options.seed);
         let net = SimNet::with_options(rng.next_u64(), options.net.clone());
         let (nodes, planted) = (Vec::new(), options.planted);
-        let mut world = World { net, rng, coverage: BTreeMap::new(), nodes, fs: FsId(1), planted };
+        let gate = options.net.gate.clone();
+        let mut world = World { net, rng, coverage: BTreeMap::new(), gate, nodes, fs: FsId(1), planted };
         for node in 0..options.nodes {
             let disk = SimDisk::with_options(options.disk_blocks, world.rng.next_u64(), options.disk.clone());
             mirror::format_disk(&disk, CLUSTER, uuid(node)).await.map_err(|e| format!("formatting a disk: {e}"))?;
@@ -302,7 +306,9 @@ impl World {
         self.until("the running nodes have recovered", World::is_settled).await
     }
 
-    fn is_settled(&self) -> bool {
+    /// Whether the running nodes agree on one epoch, in which all layers have recovered, and hold leases.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
         let running: Vec<_> = self.nodes.iter().filter_map(|n| n.process.as_ref()).collect();
         let views: Vec<_> = running.iter().map(|p| p.cluster.view().borrow().clone()).collect();
         views.iter().all(|v| {
