@@ -1,6 +1,6 @@
 //! Random sequences of operations from a seed, and their reduction to short ones that still fail.
 
-use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Step, XattrHow};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Special, Step, XattrHow};
 use crate::reference::Oracle;
 use cluster::sim::Rng;
 
@@ -19,11 +19,13 @@ pub struct Profile {
     pub huge: bool,
     /// Whether `fallocate`, FIFOs, extended attributes, names that change places and whiteouts occur.
     pub exotic: bool,
+    /// Whether `O_DIRECT` occurs, with any offset and length.
+    pub direct: bool,
 }
 
 impl Default for Profile {
     fn default() -> Self {
-        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent: 50, huge: true, exotic: true }
+        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent: 50, huge: true, exotic: true, direct: false }
     }
 }
 
@@ -159,6 +161,7 @@ impl Generator {
                     create: self.rng.percent(60),
                     exclusive: self.rng.percent(10),
                     truncate: self.rng.percent(10),
+                    direct: self.profile.direct && self.rng.percent(25),
                 };
                 // Neither reading nor writing is O_RDONLY; truncating needs the right to write.
                 let read = how.read || !how.write;
@@ -169,7 +172,12 @@ impl Generator {
             20..27 => Op::Close { slot },
             27..52 => Op::Write { slot, offset: self.offset(), len: self.len(), fill: self.rng.next_u64() as u32 },
             52..76 => Op::Read { slot, offset: self.offset(), len: self.len() * 2 },
-            76..84 => Op::Truncate { slot, size: self.offset() },
+            76..82 => Op::Truncate { slot, size: self.offset() },
+            82 => Op::Seek { slot, offset: self.offset(), data: self.rng.percent(50) },
+            83 => {
+                let (to, from_offset, to_offset) = (self.slot(), self.offset(), self.offset());
+                Op::Copy { from: slot, from_offset, to, to_offset, len: self.len() }
+            }
             84..88 if self.profile.exotic => {
                 let what = [Fallocate::Allocate, Fallocate::KeepSize, Fallocate::PunchHole, Fallocate::ZeroRange];
                 let what = what[self.rng.below(4) as usize];
@@ -184,6 +192,10 @@ impl Generator {
         let exotic = self.profile.exotic;
         match self.rng.below(100) {
             0..12 => Op::Mkdir { path: self.path(false), mode: 0o700 + self.rng.below(0o100) as u32 },
+            12 if exotic && self.rng.percent(50) => {
+                let what = [Special::CharDevice, Special::BlockDevice, Special::Socket][self.rng.below(3) as usize];
+                Op::MknodSpecial { path: self.path(false), what, mode: 0o600 + self.rng.below(0o100) as u32 }
+            }
             12..17 => Op::Mknod {
                 path: self.path(false),
                 fifo: exotic && self.rng.percent(30),
@@ -203,6 +215,7 @@ impl Generator {
                 let flag = match self.rng.below(10) {
                     0 => RenameFlag::NoReplace,
                     1 | 2 if exotic => RenameFlag::Exchange,
+                    3 if exotic && self.rng.percent(20) => RenameFlag::WhiteoutNoReplace,
                     3 if exotic => RenameFlag::Whiteout,
                     _ => RenameFlag::Replace,
                 };
@@ -216,7 +229,14 @@ impl Generator {
             }
             78..81 => Op::Readlink { path: self.existing(|k| k == FileKind::Symlink).unwrap_or_else(|| "a".into()) },
             81..84 => Op::FsyncDir { path: self.dir() },
-            84..87 => Op::Chmod { path: self.path(true), mode: self.rng.below(0o1000) as u32 },
+            84 => {
+                let size = self.offset();
+                Op::TruncatePath { path: self.path(true), size }
+            }
+            85 | 86 => {
+                let bits = if self.rng.percent(30) { 0o10000 } else { 0o1000 };
+                Op::Chmod { path: self.path(true), mode: self.rng.below(bits) as u32 }
+            }
             87..89 => {
                 Op::Chown { path: self.path(true), uid: self.rng.below(4) as u32 * 1000, gid: self.rng.below(4) as u32 * 1000 }
             }
@@ -245,7 +265,7 @@ impl Generator {
     }
 
     fn attribute(&mut self) -> String {
-        ["user.a", "user.b", "user.long-name-of-an-attribute"][self.rng.below(3) as usize].into()
+        ["user.a", "user.b", "user.long-name-of-an-attribute", "trusted.t"][self.rng.below(4) as usize].into()
     }
 }
 

@@ -74,6 +74,9 @@ struct Node<S> {
     parent: Option<Rc<Node<S>>>,
 }
 
+/// What is to be tried: from where, which call, in which way, and which act of it.
+type Next<S> = (Rc<Node<S>>, usize, usize, usize);
+
 impl<S> Node<S> {
     fn is_done(&self, call: usize) -> bool {
         self.done[call / 64] >> (call % 64) & 1 == 1
@@ -105,8 +108,8 @@ pub fn check<P: Spec>(spec: &P, start: P::State, calls: &[Call<P::Act>], configu
         open.filter(|c| calls[**c].begun < horizon && node.latest < calls[**c].ended).copied().collect()
     };
     let mut seen = HashSet::new();
-    let mut work: Vec<(Rc<Node<P::State>>, usize, usize, usize)> = Vec::new();
-    let expand = |node: &Rc<Node<P::State>>, work: &mut Vec<(Rc<Node<P::State>>, usize, usize, usize)>| {
+    let mut work: Vec<Next<P::State>> = Vec::new();
+    let expand = |node: &Rc<Node<P::State>>, work: &mut Vec<Next<P::State>>| {
         for call in candidates(node) {
             match node.under_way.iter().find(|(c, _, _)| *c == call) {
                 Some((_, way, act)) => work.push((node.clone(), call, *way, *act)),

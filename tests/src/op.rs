@@ -36,6 +36,8 @@ pub enum RenameFlag {
     Exchange,
     /// `RENAME_WHITEOUT`: replaces it, and leaves a character device 0/0.
     Whiteout,
+    /// `RENAME_WHITEOUT | RENAME_NOREPLACE`.
+    WhiteoutNoReplace,
 }
 
 /// What `fallocate` does.
@@ -49,6 +51,15 @@ pub enum Fallocate {
     PunchHole,
     /// `FALLOC_FL_ZERO_RANGE`.
     ZeroRange,
+}
+
+/// What a special file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Special {
+    CharDevice,
+    BlockDevice,
+    Socket,
 }
 
 /// How a file is opened. Always with `O_NOFOLLOW`.
@@ -66,6 +77,8 @@ pub struct OpenHow {
     pub exclusive: bool,
     /// `O_TRUNC`.
     pub truncate: bool,
+    /// `O_DIRECT`.
+    pub direct: bool,
 }
 
 /// One file operation. Paths are relative to the root of the file system, without `.`, `..` or a slash at an end; the
@@ -81,6 +94,12 @@ pub enum Op {
     Mknod {
         path: String,
         fifo: bool,
+        mode: u32,
+    },
+    /// `mknod` of a device (1, 7) or a socket.
+    MknodSpecial {
+        path: String,
+        what: Special,
         mode: u32,
     },
     Symlink {
@@ -127,11 +146,30 @@ pub enum Op {
         slot: u8,
         size: u64,
     },
+    /// `truncate`, which follows a last symbolic link.
+    TruncatePath {
+        path: String,
+        size: u64,
+    },
     Fallocate {
         slot: u8,
         what: Fallocate,
         offset: u64,
         len: u64,
+    },
+    /// `lseek` for data, or for a hole.
+    Seek {
+        slot: u8,
+        offset: u64,
+        data: bool,
+    },
+    /// `fstat` of the source, and `copy_file_range` until all is copied or the source ends.
+    Copy {
+        from: u8,
+        from_offset: u64,
+        to: u8,
+        to_offset: u64,
+        len: u32,
     },
     Fsync {
         slot: u8,
@@ -209,6 +247,8 @@ impl Op {
                 | Op::Write { .. }
                 | Op::Truncate { .. }
                 | Op::Fallocate { .. }
+                | Op::Seek { .. }
+                | Op::Copy { .. }
                 | Op::Fsync { .. }
                 | Op::Fstat { .. }
         )
@@ -333,6 +373,11 @@ pub enum Reply {
     Target(String),
     /// Names of attributes, sorted.
     Attributes(Vec<String>),
+    /// Where a seek has ended.
+    At(u64),
+    /// From the oracle: where a seek may end (first and last place of each range; where blocks begin and end is the file
+    /// system's affair), and whether there may be no such place (`ENXIO`).
+    Places(Vec<(u64, u64)>, bool),
 }
 
 impl fmt::Debug for Reply {
@@ -348,6 +393,8 @@ impl fmt::Debug for Reply {
             Reply::Names(n) => write!(f, "{n:?}"),
             Reply::Target(t) => write!(f, "-> {t}"),
             Reply::Attributes(a) => write!(f, "{a:?}"),
+            Reply::At(n) => write!(f, "at {n}"),
+            Reply::Places(ranges, nowhere) => write!(f, "one of {ranges:?}{}", if *nowhere { ", or nowhere" } else { "" }),
         }
     }
 }

@@ -72,6 +72,43 @@ impl Contents {
         }
     }
 
+    /// The first byte from a place on that is not zero.
+    fn first_byte(&self, from: u64) -> Option<u64> {
+        self.pages.range(from / PAGE..).find_map(|(page, data)| {
+            let start = from.saturating_sub(page * PAGE).min(PAGE) as usize;
+            data[start..].iter().position(|b| *b != 0).map(|at| page * PAGE + (start + at) as u64)
+        })
+    }
+
+    /// Where a seek may end. What is not zero is data; a hole has zeros up to the end of its page.
+    fn places(&self, offset: u64, data: bool) -> Outcome {
+        if offset >= self.size {
+            return Err(ENXIO);
+        }
+        let first = self.first_byte(offset);
+        if data {
+            return Ok(Reply::Places(vec![(offset, first.unwrap_or(self.size - 1))], first.is_none()));
+        }
+        let mut ranges = Vec::new();
+        let mut at = offset;
+        for (page, bytes) in self.pages.range(offset / PAGE..) {
+            let start = page * PAGE;
+            if at < start {
+                ranges.push((at, start - 1));
+                at = start;
+            }
+            let zeros = bytes.iter().rev().take_while(|b| **b == 0).count() as u64;
+            let from = (start + PAGE - zeros).max(at);
+            if from < start + PAGE {
+                ranges.push((from, start + PAGE - 1));
+            }
+            at = start + PAGE;
+        }
+        ranges.push((at, self.size.max(at)));
+        ranges.push((self.size, self.size));
+        Ok(Reply::Places(ranges, false))
+    }
+
     fn resize(&mut self, size: u64) {
         if size < self.size {
             self.zero(size, self.size.div_ceil(PAGE) * PAGE);
@@ -86,6 +123,7 @@ enum Body {
     Dir(BTreeMap<String, u64>),
     Symlink(String),
     Fifo,
+    /// Or another device, or a socket.
     Whiteout,
 }
 
@@ -350,6 +388,7 @@ impl Oracle {
         let is_dir = matches!(body, Body::Dir(_));
         let is_link = matches!(body, Body::Symlink(_));
         let ino = self.insert(body, mode, dir);
+        self.inherit_group(ino, dir);
         if let Some(default) = self.node(dir).default.filter(|_| !is_link) {
             self.node_mut(ino).inherit(default);
         }
@@ -359,6 +398,18 @@ impl Oracle {
             self.node_mut(dir).nlink += 1;
         }
         Ok(ino)
+    }
+
+    /// What is made in a set-group-id directory is of its group; a directory gets the bit, too.
+    fn inherit_group(&mut self, ino: u64, dir: u64) {
+        let (mode, gid) = (self.node(dir).mode, self.node(dir).gid);
+        if mode & 0o2000 != 0 {
+            let node = self.node_mut(ino);
+            node.gid = gid;
+            if node.is_dir() {
+                node.mode |= 0o2000;
+            }
+        }
     }
 
     /// Takes a name's link from an inode that no longer has it.
@@ -384,6 +435,7 @@ impl Oracle {
                 let body = if *fifo { Body::Fifo } else { Body::File(Contents::default()) };
                 self.create(path, body, *mode).map(|_| Reply::Done)
             }
+            Op::MknodSpecial { path, mode, .. } => self.create(path, Body::Whiteout, *mode).map(|_| Reply::Done),
             Op::Symlink { target, path } => self.create(path, Body::Symlink(target.clone()), 0o777).map(|_| Reply::Done),
             Op::Link { from, to } => self.link(from, to),
             Op::Unlink { path } => self.unlink(path),
@@ -416,6 +468,23 @@ impl Oracle {
                 self.touch_data(ino);
                 Ok(Reply::Done)
             }
+            Op::TruncatePath { path, size } => {
+                let ino = self.resolve(path, true)?;
+                let body = &mut self.node_mut(ino).body;
+                match body {
+                    Body::Dir(_) => return Err(EISDIR),
+                    Body::File(_) if *size > FILE_SIZE_MAX => return Err(EFBIG),
+                    Body::File(contents) => contents.resize(*size),
+                    _ => return Err(EINVAL),
+                }
+                self.touch_data(ino);
+                Ok(Reply::Done)
+            }
+            Op::Seek { slot, offset, data } => match &self.node(self.slot(node, *slot)?.0).body {
+                Body::File(contents) => contents.places(*offset, *data),
+                _ => Err(EINVAL),
+            },
+            Op::Copy { from, from_offset, to, to_offset, len } => self.copy(node, (*from, *from_offset), (*to, *to_offset), *len),
             Op::Fallocate { slot, what, offset, len } => self.fallocate(node, *slot, *what, *offset, *len),
             Op::Fsync { slot } => self.slot(node, *slot).map(|_| Reply::Done),
             Op::Fstat { slot } => self.slot(node, *slot).map(|(ino, _)| self.stat(ino)),
@@ -444,6 +513,10 @@ impl Oracle {
                 let ino = self.resolve(path, true)?;
                 let node = self.node_mut(ino);
                 (node.uid, node.gid) = (*uid, *gid);
+                if !node.is_dir() {
+                    // Whoever does it; what is set-group-id but not executable for the group means something else.
+                    node.mode &= if node.mode & 0o010 != 0 { !0o6000 } else { !0o4000 };
+                }
                 self.touch_inode(ino);
                 Ok(Reply::Done)
             }
@@ -456,7 +529,7 @@ impl Oracle {
                 Ok(Reply::Done)
             }
             Op::SetXattr { path, name, fill, len, how } => {
-                let ino = self.attributed(path, EPERM)?;
+                let ino = self.attributed(path, name, EPERM)?;
                 let known = self.node(ino).xattrs.contains_key(name);
                 match how {
                     XattrHow::Create if known => return Err(EEXIST),
@@ -468,7 +541,7 @@ impl Oracle {
                 Ok(Reply::Done)
             }
             Op::GetXattr { path, name } => {
-                let ino = self.attributed(path, ENODATA)?;
+                let ino = self.attributed(path, name, ENODATA)?;
                 self.node(ino).xattrs.get(name).cloned().map(Reply::Bytes).ok_or(ENODATA)
             }
             Op::ListXattr { path } => {
@@ -479,7 +552,7 @@ impl Oracle {
                 Ok(Reply::Attributes(lists.chain(node.xattrs.keys().cloned()).collect()))
             }
             Op::RemoveXattr { path, name } => {
-                let ino = self.attributed(path, EPERM)?;
+                let ino = self.attributed(path, name, EPERM)?;
                 self.node_mut(ino).xattrs.remove(name).ok_or(ENODATA)?;
                 self.touch_inode(ino);
                 Ok(Reply::Done)
@@ -503,10 +576,11 @@ impl Oracle {
         }
     }
 
-    /// An inode that may have `user.` attributes: a file or a directory.
-    fn attributed(&self, path: &str, otherwise: i32) -> Result<u64, i32> {
+    /// An inode that may have the attribute: `user.` ones only files and directories.
+    fn attributed(&self, path: &str, name: &str, otherwise: i32) -> Result<u64, i32> {
         let ino = self.resolve(path, true)?;
         match self.node(ino).kind() {
+            _ if !name.starts_with("user.") => Ok(ino),
             FileKind::File | FileKind::Dir => Ok(ino),
             _ => Err(otherwise),
         }
@@ -608,7 +682,7 @@ impl Oracle {
             Err(e) => return Err(e),
         };
         match (flag, target) {
-            (RenameFlag::NoReplace, Some(_)) => return Err(EEXIST),
+            (RenameFlag::NoReplace | RenameFlag::WhiteoutNoReplace, Some(_)) => return Err(EEXIST),
             (RenameFlag::Exchange, None) => return Err(ENOENT),
             _ => {}
         }
@@ -655,8 +729,9 @@ impl Oracle {
             self.drop_link(target);
         }
         self.reparent(moved, to_dir);
-        if flag == RenameFlag::Whiteout {
+        if matches!(flag, RenameFlag::Whiteout | RenameFlag::WhiteoutNoReplace) {
             let whiteout = self.insert(Body::Whiteout, 0, from_dir);
+            self.inherit_group(whiteout, from_dir);
             self.entries(from_dir).insert(from_name.to_owned(), whiteout);
         }
         Ok(Reply::Done)
@@ -722,6 +797,30 @@ impl Oracle {
         Ok(Reply::Written(u64::from(len)))
     }
 
+    fn copy(&mut self, node: usize, from: (u8, u64), to: (u8, u64), len: u32) -> Outcome {
+        let (source, how) = self.slot(node, from.0)?;
+        let (target, to_how) = self.slot(node, to.0)?;
+        if !how.read || !to_how.write || to_how.append {
+            return Err(EBADF);
+        }
+        let Body::File(contents) = &self.node(source).body else { return Err(EINVAL) };
+        let len = u64::from(len).min(contents.size.saturating_sub(from.1));
+        if len > 0 && to.1.saturating_add(len) > FILE_SIZE_MAX {
+            return Err(EFBIG);
+        }
+        if source == target && from.1.max(to.1) < from.1.min(to.1) + len {
+            return Err(EINVAL);
+        }
+        let bytes = contents.read(from.1, len);
+        if let Body::File(contents) = &mut self.node_mut(target).body
+            && len > 0
+        {
+            contents.write(to.1, &bytes);
+            self.touch_data(target);
+        }
+        Ok(Reply::Written(len))
+    }
+
     fn fallocate(&mut self, node: usize, slot: u8, what: Fallocate, offset: u64, len: u64) -> Outcome {
         let (ino, how) = self.slot(node, slot)?;
         if !how.write {
@@ -762,6 +861,11 @@ impl Comparer {
             (Ok(Reply::Stat(right)), Ok(Reply::Stat(got))) => {
                 self.compare_stat(right, got).map_err(|what| format!("{op:?}: {what}: expected {right:?}, got {got:?}"))
             }
+            (Ok(Reply::Places(ranges, nowhere)), got) => match got {
+                Ok(Reply::At(at)) if ranges.iter().any(|(first, last)| (first..=last).contains(&at)) => Ok(()),
+                Err(ENXIO) if *nowhere => Ok(()),
+                _ => wrong(),
+            },
             (right, got) if right == got => Ok(()),
             _ => wrong(),
         }

@@ -58,6 +58,81 @@ fn one_file_changed_through_three_mounts_is_as_the_model_says() {
     cluster.fsck(3);
 }
 
+/// All operations that the oracle knows, `O_DIRECT` among them, by turns on 1 to 4 nodes.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn one_to_four_mounts_behave_as_the_oracle_says() {
+    let cluster = RealCluster::up(&Options { nodes: 4, ..Options::default() });
+    let oracle = env!("CARGO_BIN_EXE_oracle");
+    for nodes in 1..=4 {
+        good(&cluster, oracle, &cluster.mounts()[..nodes], &["--seeds", "30..33", "--ops", "300"]);
+    }
+    let (found, _) = program(oracle, &cluster.mounts()[..2], &["--seeds", "10..12", "--ops", "200", "--data", "80", "--stale"]);
+    assert!(!found, "reads that return earlier bytes were not found");
+    cluster.fsck(1);
+}
+
+/// When exactly a rename fails because another node has moved a directory (docs/semantics.md): the kernel still has it at its
+/// old place, and cannot give it another one while it holds the lock for renames between directories.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_rename_between_directories_fails_only_for_a_directory_known_at_another_place() {
+    type Do<'a> = &'a dyn Fn(&Path) -> std::io::Result<()>;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (one, two) = (cluster.mount(1), cluster.mount(2));
+    let rename = |root: &Path, from: &str, to: &str| std::fs::rename(root.join(from), root.join(to));
+    let nothing: Do = &|_| Ok(());
+    let knows: Do = &|dir| std::fs::metadata(dir.join("A/x")).map(|_| ());
+    let moves: Do = &|dir| rename(dir, "A/x", "B/x");
+    let stale = Some(libc::ESTALE);
+    let cases: &[(&str, Do, Do, Do, Option<i32>)] = &[
+        ("unknown", nothing, moves, &|dir| rename(dir, "B/x", "C/x"), None),
+        ("known", knows, moves, &|dir| rename(dir, "B/x", "C/x"), stale),
+        ("known, moved back", knows, moves, &|dir| rename(dir, "B/x", "A/x"), stale),
+        ("known, replaced", knows, moves, &|dir| rename(dir, "C/y", "B/x"), stale),
+        ("known, renamed where it was moved to", knows, moves, &|dir| rename(dir, "B/x", "B/z"), None),
+        ("known, renamed where it was", knows, &|dir| rename(dir, "A/x", "A/z"), &|dir| rename(dir, "A/z", "C/x"), None),
+        ("known, and back by the time", knows, &|dir| moves(dir).and_then(|()| rename(dir, "B/x", "A/x")), moves, None),
+        ("looked at", knows, moves, &|dir| std::fs::metadata(dir.join("B/x")).and_then(|_| rename(dir, "B/x", "C/x")), None),
+        (
+            "old place looked at",
+            knows,
+            moves,
+            &|dir| {
+                let _ = std::fs::metadata(dir.join("A/x"));
+                rename(dir, "B/x", "C/x")
+            },
+            None,
+        ),
+        ("walked through", knows, moves, &|dir| File::create(dir.join("B/x/f")).and_then(|_| rename(dir, "B/x", "C/x")), None),
+        (
+            "a file",
+            &|dir| std::fs::metadata(dir.join("A/f")).map(|_| ()),
+            &|dir| rename(dir, "A/f", "B/f"),
+            &|dir| rename(dir, "B/f", "C/f"),
+            None,
+        ),
+    ];
+    for (number, (what, before, elsewhere, act, expected)) in cases.iter().enumerate() {
+        let name = number.to_string();
+        for dir in ["A/x", "B", "C/y"] {
+            std::fs::create_dir_all(one.join(&name).join(dir)).expect("directories");
+        }
+        File::create(one.join(&name).join("A/f")).expect("a file");
+        let (here, there) = (two.join(&name), one.join(&name));
+        before(&here).expect("what node 2 does before");
+        elsewhere(&there).expect("what node 1 does");
+        let got = act(&here).err().and_then(|e| e.raw_os_error());
+        assert_eq!(got, *expected, "{what}");
+        if expected.is_some() {
+            // Again and again, until the directory is looked at.
+            assert_eq!(act(&here).err().and_then(|e| e.raw_os_error()), *expected, "{what}, once more");
+            std::fs::metadata(here.join("B/x")).expect("it is there");
+            act(&here).unwrap_or_else(|e| panic!("{what}, looked at: {e}"));
+        }
+    }
+}
+
 /// Clients on 1 to 4 nodes at once on a file, or on the names of a directory: one order explains all that they are told.
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]

@@ -1,7 +1,7 @@
 //! Runs operations on mounted directories by system calls: the file system as programs see it.
 
 use super::Driver;
-use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno, pattern};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Special, Stat, XattrHow, errno, pattern};
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -55,6 +55,16 @@ impl MountDriver {
                 // SAFETY: the path is a C string that outlives the call.
                 check(unsafe { libc::mknod(path.as_ptr(), kind | *mode, 0) })
             }
+            Op::MknodSpecial { path, what, mode } => {
+                let path = c_path(&at(path))?;
+                let (kind, device) = match what {
+                    Special::CharDevice => (libc::S_IFCHR, libc::makedev(1, 7)),
+                    Special::BlockDevice => (libc::S_IFBLK, libc::makedev(1, 7)),
+                    Special::Socket => (libc::S_IFSOCK, 0),
+                };
+                // SAFETY: the path is a C string that outlives the call.
+                check(unsafe { libc::mknod(path.as_ptr(), kind | *mode, device) })
+            }
             Op::Symlink { target, path } => std::os::unix::fs::symlink(target, at(path)).map(|()| Reply::Done),
             Op::Link { from, to } => fs::hard_link(at(from), at(to)).map(|()| Reply::Done),
             Op::Unlink { path } => {
@@ -69,6 +79,7 @@ impl MountDriver {
                     RenameFlag::NoReplace => libc::RENAME_NOREPLACE,
                     RenameFlag::Exchange => libc::RENAME_EXCHANGE,
                     RenameFlag::Whiteout => libc::RENAME_WHITEOUT,
+                    RenameFlag::WhiteoutNoReplace => libc::RENAME_WHITEOUT | libc::RENAME_NOREPLACE,
                 };
                 let (from, to) = (at(from), at(to));
                 let rename = || {
@@ -106,6 +117,7 @@ impl MountDriver {
                 for (on, flag) in [(how.exclusive, libc::O_EXCL), (how.create, libc::O_CREAT), (how.truncate, libc::O_TRUNC)] {
                     flags |= if on { flag } else { 0 };
                 }
+                flags |= if how.direct { libc::O_DIRECT } else { 0 };
                 // std refuses combinations that the kernel accepts, so only the kernel's flags are used.
                 let file = OpenOptions::new()
                     .read(how.read || !how.write)
@@ -138,6 +150,30 @@ impl MountDriver {
                 let fd = self.slot(node, *slot)?.0.as_raw_fd();
                 // SAFETY: the descriptor is open as long as `self` is borrowed.
                 check(unsafe { libc::ftruncate(fd, i64::try_from(*size).unwrap_or(i64::MAX)) })
+            }
+            Op::TruncatePath { path, size } => {
+                let path = c_path(&at(path))?;
+                // SAFETY: the path is a C string that outlives the call.
+                check(unsafe { libc::truncate(path.as_ptr(), i64::try_from(*size).unwrap_or(i64::MAX)) })
+            }
+            Op::Seek { slot, offset, data } => {
+                let whence = if *data { libc::SEEK_DATA } else { libc::SEEK_HOLE };
+                let offset = i64::try_from(*offset).unwrap_or(i64::MAX);
+                crate::sys::seek(&self.slot(node, *slot)?.0, offset, whence).map(Reply::At)
+            }
+            Op::Copy { from, from_offset, to, to_offset, len } => {
+                let (from, to) = (&self.slot(node, *from)?.0, &self.slot(node, *to)?.0);
+                // The kernel looks no further than the size that it knows (docs/semantics.md).
+                from.metadata()?;
+                let mut done = 0;
+                loop {
+                    let left = *len as usize - done;
+                    let n = crate::sys::copy_range(from, from_offset + done as u64, to, to_offset + done as u64, left)?;
+                    done += n;
+                    if n == 0 || done == *len as usize {
+                        return Ok(Reply::Written(done as u64));
+                    }
+                }
             }
             Op::Fallocate { slot, what, offset, len } => {
                 let mode = match what {
@@ -204,7 +240,7 @@ impl MountDriver {
                 list.truncate(usize::try_from(n).map_err(|_| io::Error::last_os_error())?);
                 let names = list.split(|b| *b == 0).filter(|n| !n.is_empty());
                 let mut names: Vec<_> = names.map(|n| String::from_utf8_lossy(n).into_owned()).collect();
-                names.retain(|n| n.starts_with("user.") || n.starts_with("system.posix_acl_"));
+                names.retain(|n| n.starts_with("user.") || n.starts_with("trusted.") || n.starts_with("system.posix_acl_"));
                 names.sort();
                 Ok(Reply::Attributes(names))
             }

@@ -2,8 +2,8 @@
 //! are followed here, and access to descriptors is checked here.
 
 use super::Driver;
-use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
-use fs::ops::data::{Allocate, At, Payload};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Special, Stat, XattrHow, errno::*, pattern};
+use fs::ops::data::{Allocate, At, Payload, Seek};
 use fs::ops::xattr::SetMode;
 use fs::{
     Attributes, Caller, DirEntry, FileKind as NodeKind, FileSystem, FsError, Ino, NewNode, OpenFlags, RenameFlags, SetAttributes,
@@ -121,10 +121,11 @@ impl<D: Disk> NodeDriver<D> {
         fs.set_attributes(&Self::caller(), ino, change).await.map(|_| Reply::Done).map_err(|e| err(&e))
     }
 
-    /// A file or directory, which may have attributes of users.
-    async fn attributed(fs: &FileSystem<D>, path: &str, otherwise: i32) -> Result<Ino, i32> {
+    /// What may have the attribute: those of users only files and directories.
+    async fn attributed(fs: &FileSystem<D>, path: &str, name: &str, otherwise: i32) -> Result<Ino, i32> {
         let attributes = Self::walk(fs, path, true).await?;
         match attributes.kind {
+            _ if !name.starts_with("user.") => Ok(attributes.ino),
             NodeKind::File | NodeKind::Directory => Ok(attributes.ino),
             _ => Err(otherwise),
         }
@@ -174,7 +175,7 @@ impl<D: Disk> NodeDriver<D> {
             found => Some(found?),
         };
         match (flag, &new) {
-            (RenameFlag::NoReplace, Some(_)) => return Err(EEXIST),
+            (RenameFlag::NoReplace | RenameFlag::WhiteoutNoReplace, Some(_)) => return Err(EEXIST),
             (RenameFlag::Exchange, None) => return Err(ENOENT),
             _ => {}
         }
@@ -207,7 +208,7 @@ impl<D: Disk> NodeDriver<D> {
             Some(found) => {
                 match found.kind {
                     NodeKind::Symlink => return Err(ELOOP),
-                    NodeKind::CharDevice => return Err(ENXIO),
+                    NodeKind::CharDevice | NodeKind::BlockDevice | NodeKind::Socket => return Err(ENXIO),
                     NodeKind::Directory if how.write || how.create || how.truncate => return Err(EISDIR),
                     _ => {}
                 }
@@ -280,6 +281,14 @@ impl<D: Disk> NodeDriver<D> {
                 let what = if *fifo { NewNode::Special { kind: NodeKind::Fifo, rdev: 0 } } else { NewNode::File };
                 Self::make(&fs, path, what, *mode).await.map(|_| Reply::Done)
             }
+            Op::MknodSpecial { path, what, mode } => {
+                let kind = match what {
+                    Special::CharDevice => NodeKind::CharDevice,
+                    Special::BlockDevice => NodeKind::BlockDevice,
+                    Special::Socket => NodeKind::Socket,
+                };
+                Self::make(&fs, path, NewNode::Special { kind, rdev: 0x107 }, *mode).await.map(|_| Reply::Done)
+            }
             Op::Symlink { target, path } => {
                 Self::make(&fs, path, NewNode::Symlink(target.as_bytes()), 0o777).await.map(|_| Reply::Done)
             }
@@ -308,6 +317,7 @@ impl<D: Disk> NodeDriver<D> {
                     RenameFlag::NoReplace => RenameFlags::NoReplace,
                     RenameFlag::Exchange => RenameFlags::Exchange,
                     RenameFlag::Whiteout => RenameFlags::Whiteout,
+                    RenameFlag::WhiteoutNoReplace => RenameFlags::WhiteoutNoReplace,
                 };
                 done(fs.rename(&caller, from, from_name.as_bytes(), to, to_name.as_bytes(), flags).await)
             }
@@ -348,6 +358,43 @@ impl<D: Disk> NodeDriver<D> {
                 let (ino, _) = self.writable(node, *slot, EINVAL)?;
                 let change = SetAttributes { size: Some(*size), ..SetAttributes::default() };
                 fs.set_attributes(&caller, ino, change).await.map(|_| Reply::Done).map_err(|e| err(&e))
+            }
+            Op::TruncatePath { path, size } => {
+                let found = Self::walk(&fs, path, true).await?;
+                match found.kind {
+                    NodeKind::File => {}
+                    NodeKind::Directory => return Err(EISDIR),
+                    _ => return Err(EINVAL),
+                }
+                let change = SetAttributes { size: Some(*size), ..SetAttributes::default() };
+                fs.set_attributes(&caller, found.ino, change).await.map(|_| Reply::Done).map_err(|e| err(&e))
+            }
+            Op::Seek { slot, offset, data } => {
+                let (ino, _) = self.slot(node, *slot)?;
+                let what = if *data { Seek::Data } else { Seek::Hole };
+                fs.seek(ino, *offset, what).await.map(Reply::At).map_err(|e| err(&e))
+            }
+            Op::Copy { from, from_offset, to, to_offset, len } => {
+                let (source, how) = self.slot(node, *from)?;
+                let (target, to_how) = self.slot(node, *to)?;
+                if !how.read || !to_how.write || to_how.append {
+                    return Err(EBADF);
+                }
+                // As the kernel does: no further than the source's end, and not onto itself.
+                let size = fs.attributes(source).await.map_err(|e| err(&e))?.size;
+                let len = u64::from(*len).min(size.saturating_sub(*from_offset));
+                if source == target && from_offset.max(to_offset) < &(from_offset.min(to_offset) + len) {
+                    return Err(EINVAL);
+                }
+                let mut done = 0;
+                while done < len {
+                    let copied = fs.copy_range(source, from_offset + done, target, to_offset + done, len - done).await;
+                    match copied.map_err(|e| err(&e))? {
+                        0 => break,
+                        n => done += n,
+                    }
+                }
+                Ok(Reply::Written(done))
             }
             Op::Fallocate { slot, what, offset, len } => {
                 let (ino, _) = self.writable(node, *slot, EBADF)?;
@@ -421,7 +468,7 @@ impl<D: Disk> NodeDriver<D> {
                 Self::change(&fs, path, SetAttributes { mtime: Some(to), ..SetAttributes::default() }).await
             }
             Op::SetXattr { path, name, fill, len, how } => {
-                let ino = Self::attributed(&fs, path, EPERM).await?;
+                let ino = Self::attributed(&fs, path, name, EPERM).await?;
                 let mode = match how {
                     XattrHow::Any => SetMode::Any,
                     XattrHow::Create => SetMode::Create,
@@ -430,7 +477,7 @@ impl<D: Disk> NodeDriver<D> {
                 done(fs.set_xattr(ino, name.as_bytes(), &pattern(*fill, 0, *len as usize), mode).await)
             }
             Op::GetXattr { path, name } => {
-                let ino = Self::attributed(&fs, path, ENODATA).await?;
+                let ino = Self::attributed(&fs, path, name, ENODATA).await?;
                 fs.get_xattr(ino, name.as_bytes()).await.map(Reply::Bytes).map_err(|e| err(&e))
             }
             Op::ListXattr { path } => {
@@ -451,7 +498,7 @@ impl<D: Disk> NodeDriver<D> {
                 fs.get_xattr(ino, Acl::attribute(*default).as_bytes()).await.map(Reply::Bytes).map_err(|e| err(&e))
             }
             Op::RemoveXattr { path, name } => {
-                let ino = Self::attributed(&fs, path, EPERM).await?;
+                let ino = Self::attributed(&fs, path, name, EPERM).await?;
                 done(fs.remove_xattr(ino, name.as_bytes()).await)
             }
         }
