@@ -55,6 +55,10 @@ pub async fn compare(driver: &mut impl Driver, nodes: usize, steps: &[Step]) -> 
     let mut oracle = Oracle::new();
     let mut comparer = Comparer::default();
     for (at, Step { node, op }) in steps.iter().enumerate() {
+        // What a generator leaves out can come about when a sequence is made shorter.
+        if oracle.opens_unsuited(op) {
+            continue;
+        }
         let right = oracle.run(*node, op);
         let got = driver.run(*node, op).await;
         comparer.compare(op, &right, &got).map_err(|what| format!("step {at} on n{}: {what}", node + 1))?;

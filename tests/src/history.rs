@@ -53,7 +53,7 @@ const BRIEF: u8 = 3;
 /// Of the page cache.
 const PAGE: usize = 4096;
 /// More configurations than this are not looked at.
-const CONFIGURATIONS_MAX: usize = 2_000_000;
+const CONFIGURATIONS_MAX: usize = 200_000;
 
 /// A call as it was seen.
 #[derive(Clone, Debug)]
@@ -539,8 +539,8 @@ struct State {
     oracle: Oracle,
     /// Which number an inode of the oracle has in reality, once it was seen.
     bound: BTreeMap<u64, u64>,
-    /// What calls under way have found.
-    held: BTreeMap<usize, u64>,
+    /// What calls under way have found, and whether it is a directory.
+    held: BTreeMap<usize, (u64, bool)>,
     /// What a crash may leave instead: the states since the object was last durable.
     past: Vec<Oracle>,
     /// The node that used it last.
@@ -608,20 +608,24 @@ impl Posix {
             What::Find { path, key, dir } => {
                 let Ok(ino) = state.oracle.find(path) else { return false };
                 let is_dir = state.oracle.attributes(ino).is_some_and(|a| a.kind == FileKind::Dir);
-                state.held.insert(*key, ino);
+                state.held.insert(*key, (ino, is_dir));
                 dir.is_none_or(|wanted| wanted == is_dir)
             }
             What::IsFound { path, key } => {
-                let held = state.held.remove(key);
+                let held = state.held.remove(key).map(|(ino, _)| ino);
                 state.oracle.find(path).ok() == held
             }
             What::LinkFound { to, key, outcome } => {
-                let Some(ino) = state.held.remove(key) else { return false };
-                let right = state.oracle.link_found(ino, to);
+                let Some((ino, is_dir)) = state.held.remove(key) else { return false };
+                let right = match state.oracle.link_found(ino, to) {
+                    // Asked of a directory first, also if it has gone since.
+                    Err(errno::ENOENT) if is_dir => Err(errno::EPERM),
+                    right => right,
+                };
                 outcome.as_ref().is_none_or(|got| *got == right)
             }
             What::StatFound { key, stat } => {
-                let Some(ino) = state.held.remove(key) else { return false };
+                let Some((ino, _)) = state.held.remove(key) else { return false };
                 match state.oracle.attributes(ino) {
                     Some(right) => state.is(&right, stat),
                     // It has lost its last name since it was found.
@@ -690,7 +694,7 @@ impl Spec for Posix {
         // What has no name any more has no number here either; its own will do.
         let name = |ino: &u64| numbers.get(ino).map_or((1, *ino), |n| (0, *n));
         state.bound.iter().for_each(|(ino, real)| (name(ino), real).hash(hasher));
-        state.held.iter().for_each(|(key, ino)| (key, name(ino)).hash(hasher));
+        state.held.iter().for_each(|(key, (ino, is_dir))| (key, name(ino), is_dir).hash(hasher));
         (state.past.len(), state.by).hash(hasher);
         state.past.iter().for_each(|past| drop(past.fingerprint(hasher)));
     }

@@ -141,7 +141,7 @@ fn what_concurrent_clients_are_told_has_an_order() {
     let linear = env!("CARGO_BIN_EXE_linear");
     for nodes in 1..=4 {
         let seed = nodes.to_string();
-        good(&cluster, linear, &cluster.mounts()[..nodes], &["--seconds", "6", "--seed", &seed]);
+        good(&cluster, linear, &cluster.mounts()[..nodes], &["--seconds", "6", "--calls", "15", "--seed", &seed]);
     }
     let (found, _) = program(linear, &cluster.mounts()[..2], &["--seconds", "6", "--stale"]);
     assert!(!found, "reads that return earlier bytes were not found");
