@@ -31,7 +31,21 @@ impl Worker {
     #[must_use]
     #[track_caller]
     pub fn start(program: &Path, files: &[&Path]) -> Worker {
+        Self::start_as(None, program, files)
+    }
+
+    /// Starts one as an ordinary user (and group), who is in no other group.
+    ///
+    /// # Panics
+    /// If it does not start, or may not open the files.
+    #[must_use]
+    #[track_caller]
+    pub fn start_as(user: Option<u32>, program: &Path, files: &[&Path]) -> Worker {
         let mut command = Command::new(program);
+        if let Some(user) = user {
+            std::os::unix::process::CommandExt::uid(&mut command, user);
+            std::os::unix::process::CommandExt::gid(&mut command, user);
+        }
         command.arg("worker").args(files).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the program 'locks' can be started");
         let out = child.stdout.take().expect("its output is a pipe");
@@ -107,7 +121,9 @@ impl Drop for Worker {
 
 /// The worker's side: does what its input says, until that ends. Lines are
 /// `flock|fcntl|ofd FILE sh|ex|un [START LEN] [wait]`, `query FILE sh|ex START LEN`, `read FILE`, `write FILE TEXT`,
-/// `reopen FILE`, `count FILE TIMES KIND` (locks, adds one to the number in the file, unlocks, so many times).
+/// `reopen FILE`, `count FILE TIMES KIND` (locks, adds one to the number in the file, unlocks, so many times), and what is done
+/// through a descriptor: `chmod FILE MODE`, `chown FILE ID`, `chgrp FILE ID`, `times FILE SECONDS`, `now FILE`,
+/// `setxattr FILE NAME HEX`, `truncate FILE LEN`, `allocate FILE LEN`, `punch FILE LEN`, `copy FILE FILE LEN`.
 pub fn work(files: &[std::path::PathBuf]) -> io::Result<()> {
     let mut open: Vec<File> = files.iter().map(|f| open(f, true, 0)).collect::<Result<_, _>>()?;
     let mut out = io::stdout();
@@ -142,6 +158,42 @@ fn mode(word: &str) -> LockMode {
     }
 }
 
+/// Changes a file by its descriptor.
+fn change(words: &[&str], file: &File, second: Option<&File>) -> io::Result<()> {
+    use nix::sys::{stat, time::TimeSpec};
+    let word = |at: usize| words.get(at).copied().unwrap_or_default();
+    let number = |at: usize| word(at).parse::<u32>().unwrap_or(0);
+    match word(0) {
+        "chmod" => {
+            let mode = u32::from_str_radix(word(2), 8).map_err(|_| io::ErrorKind::InvalidInput)?;
+            Ok(stat::fchmod(file, stat::Mode::from_bits_truncate(mode))?)
+        }
+        "chown" => Ok(nix::unistd::fchown(file, Some(number(2).into()), None)?),
+        "chgrp" => Ok(nix::unistd::fchown(file, None, Some(number(2).into()))?),
+        "times" => {
+            let time = TimeSpec::new(i64::from(number(2)), 0);
+            Ok(stat::futimens(file, &time, &time)?)
+        }
+        "now" => {
+            let now = TimeSpec::new(0, nix::libc::UTIME_NOW);
+            Ok(stat::futimens(file, &now, &now)?)
+        }
+        "setxattr" => {
+            let hex = word(3);
+            let byte = |at: usize| hex.get(at..at + 2).and_then(|b| u8::from_str_radix(b, 16).ok());
+            let value: Option<Vec<u8>> = (0..hex.len()).step_by(2).map(byte).collect();
+            crate::sys::set_xattr_of(file, word(2), &value.ok_or(io::ErrorKind::InvalidInput)?)
+        }
+        "truncate" => file.set_len(number(2).into()),
+        "allocate" => crate::sys::fallocate(file, 0, 0, number(2).into()),
+        "punch" => {
+            let how = nix::libc::FALLOC_FL_PUNCH_HOLE | nix::libc::FALLOC_FL_KEEP_SIZE;
+            crate::sys::fallocate(file, how, 0, number(2).into())
+        }
+        _ => crate::sys::copy_range(file, 0, second.unwrap_or(file), 0, number(3) as usize).map(|_| ()),
+    }
+}
+
 fn obey(words: &[&str], paths: &[std::path::PathBuf], open_files: &mut [File]) -> io::Result<String> {
     let word = |at: usize| words.get(at).copied().unwrap_or_default();
     let number = |at: usize| word(at).parse::<u64>().unwrap_or(0);
@@ -164,6 +216,10 @@ fn obey(words: &[&str], paths: &[std::path::PathBuf], open_files: &mut [File]) -
         }
         "write" => {
             file.write_all_at(word(2).as_bytes(), 0)?;
+            Ok("ok".into())
+        }
+        "chmod" | "chown" | "chgrp" | "times" | "now" | "setxattr" | "truncate" | "allocate" | "punch" | "copy" => {
+            change(words, file, open_files.get(number(2) as usize))?;
             Ok("ok".into())
         }
         "reopen" => {

@@ -58,6 +58,13 @@ pub fn set_xattr(path: &Path, name: &str, value: &[u8]) -> io::Result<()> {
     check(unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) })
 }
 
+/// `fsetxattr`.
+pub fn set_xattr_of(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
+    let name = CString::new(name)?;
+    // SAFETY: the string and the value outlive the call, and the length is the value's.
+    check(unsafe { libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) })
+}
+
 /// `removexattr`.
 pub fn remove_xattr(path: &Path, name: &str) -> io::Result<()> {
     let (path, name) = (c_path(path)?, CString::new(name)?);

@@ -237,15 +237,28 @@ fn a_node_that_is_cut_off_loses_its_locks_and_says_so() {
     let mut waiter = locker(&files[0]);
     waiter.tell("fcntl 0 ex 0 10 wait");
     assert_eq!(waiter.answer(NEVER), None);
+    // Others on that node, who have the file open, too.
+    let source = cluster.mount(2).join("source");
+    std::fs::write(&source, "bytes").expect("a file");
+    let start = || Worker::start(Path::new(LOCKS), &[&files[1], &source]);
+    let others = ["truncate 0 0", "allocate 0 100000", "copy 1 0 3"].map(|what| (what, start()));
     cluster.verb("cut", &[2]);
     assert_eq!(waiter.answer(SOON), Some(ok()), "the lock of a node that is cut off\n{}", cluster.logs());
     assert_eq!(waiter.ask("write 0 yours"), ok());
     // The former holder believes that it has the lock. What it writes now must not arrive, and it must be told.
     holder.tell("write 0 mine-again");
     assert_eq!(holder.answer(NEVER), None, "a node that is cut off wrote");
+    let others = others.map(|(what, mut other)| {
+        other.tell(what);
+        (what, other)
+    });
     cluster.verb("heal", &[2]);
     assert_eq!(holder.answer(Duration::from_secs(60)), Some(Err(libc::EIO)), "{}", cluster.logs());
     assert_eq!(holder.ask("read 0"), Err(libc::EIO), "the handle stays as it is");
+    for (what, mut other) in others {
+        assert_eq!(other.answer(Duration::from_secs(60)), Some(Err(libc::EIO)), "{what}, under way when the lock was lost");
+        assert_eq!(other.ask(what), Err(libc::EIO), "{what}, later");
+    }
     assert_eq!(waiter.ask("read 0").map(|t| t.starts_with("read yours")), Ok(true));
     // Opened anew it is as good as any, and the lock is the other's.
     assert_eq!(holder.ask("reopen 0"), ok());

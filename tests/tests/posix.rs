@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, sy
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::cluster::{Options, RealCluster, clock};
+use tests::locker::{Answer, Worker};
 use tests::sys::{self, Mapping};
 
 const PAGE: usize = 4096;
@@ -304,6 +305,86 @@ fn stores_never_bring_back_what_another_node_cut_off() {
         }
     }
     drop(s.cluster);
+}
+
+const USER: u32 = 4711;
+
+/// An ordinary user's process, with files open.
+fn user(files: &[&Path]) -> Worker {
+    Worker::start_as(Some(USER), Path::new(env!("CARGO_BIN_EXE_locks")), files)
+}
+
+fn ok() -> Answer {
+    Ok("ok".into())
+}
+
+fn give(path: &Path, uid: u32) {
+    std::os::unix::fs::chown(path, Some(uid), Some(uid)).expect("it can be given away");
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("its mode can be set");
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("it is there").mode() & 0o7777
+}
+
+/// A list for `setxattr`: the owner and a user may do all, others nothing.
+fn list_for(user: u32) -> String {
+    let entry = |tag: u16, rights: u16, id: u32| [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat();
+    let entries = [entry(1, 7, !0), entry(2, 7, user), entry(4, 0, !0), entry(16, 7, !0), entry(32, 0, !0)];
+    [vec![2, 0, 0, 0], entries.concat()].concat().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn who_has_lost_a_file_to_another_owner_on_another_node_cannot_change_its_attributes() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    let changes = [
+        "chmod 0 4755".to_owned(),
+        "chmod 0 600".to_owned(),
+        "times 0 5".to_owned(),
+        format!("setxattr 0 system.posix_acl_access {}", list_for(USER)),
+        format!("chgrp 0 {USER}"),
+        format!("chown 0 {USER}"),
+    ];
+    for (n, change) in changes.iter().enumerate() {
+        let path = here.join(format!("file-{n}"));
+        fs::write(&path, "bytes").expect("a file");
+        set_mode(&path, 0o644);
+        give(&path, USER);
+        let mut owner = user(&[&there.join(format!("file-{n}"))]);
+        // As long as it is theirs they may.
+        assert_eq!(owner.ask(change), ok(), "{change}");
+        assert_eq!(owner.ask("chmod 0 666"), ok());
+        give(&path, 0);
+        let (mode, m) = (mode(&path), fs::metadata(&path).expect("it is there"));
+        assert_eq!(owner.ask(change), Err(libc::EPERM), "{change}, when the file belongs to another\n{}", cluster.logs());
+        let now = fs::metadata(&path).expect("it is there");
+        assert_eq!((now.mode() & 0o7777, now.uid(), now.gid(), now.mtime()), (mode, 0, 0, m.mtime()), "{change}");
+        // What is open stays open, and who may write may say that it was now.
+        assert_eq!((owner.ask("write 0 more"), owner.ask("now 0")), (ok(), ok()));
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn whatever_changes_a_program_takes_set_user_id_away_wherever_it_was_given() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1).join("program"), cluster.mount(2).join("program"));
+    fs::write(&here, vec![1; 20_000]).expect("a file");
+    set_mode(&here, 0o666);
+    let source = cluster.mount(2).join("source");
+    fs::write(&source, vec![2; 5000]).expect("a file");
+    set_mode(&source, 0o666);
+    let mut writer = user(&[&there, &source]);
+    for change in ["write 0 xyz", "truncate 0 10000", "truncate 0 30000", "allocate 0 50000", "punch 0 5000", "copy 1 0 4000"] {
+        set_mode(&here, 0o4777);
+        assert_eq!(writer.ask(change), ok(), "{change}");
+        assert_eq!((mode(&here), mode(&there)), (0o777, 0o777), "{change}");
+    }
 }
 
 type Said = Result<usize, i32>;

@@ -1,6 +1,6 @@
 //! Changing attributes.
 
-use super::data::later;
+use super::data::{Terms, later};
 use super::{FileSystem, Locks, xattr};
 use crate::error::{FsError, Result};
 use crate::format::Time;
@@ -30,6 +30,9 @@ pub struct SetAttributes {
     pub kill: bool,
 }
 
+/// Says, from what an inode is with its token in hand, what of a change may be done.
+pub type Permit<'a> = &'a (dyn Fn(&Attributes, SetAttributes) -> Result<SetAttributes> + Sync);
+
 impl SetAttributes {
     fn is_empty(&self) -> bool {
         *self == SetAttributes::default()
@@ -37,16 +40,31 @@ impl SetAttributes {
 }
 
 impl<D: Disk> FileSystem<D> {
-    /// Changes attributes. Who may do it is checked by the kernel; what follows from it (bits that go) is done here.
+    /// Changes attributes, on behalf of somebody who may. What follows from it (bits that go) is done here.
     ///
     /// # Errors
     /// `IsDirectory` or `Invalid` for the size of what has none, `TooLarge`, `NoSpace`, `Stale`, those of the disk.
     pub async fn set_attributes(&self, _caller: &Caller, ino: Ino, set: SetAttributes) -> Result<Attributes> {
+        self.set_attributes_on(ino, set, Terms::NONE, &|_, set| Ok(set)).await
+    }
+
+    /// Changes attributes on some terms, if it is permitted. (The kernel has asked for permission, too, but on the strength of
+    /// what it knew. To change the size is a matter of the file's being open for writing, and needs no further one.)
+    ///
+    /// # Errors
+    /// Those of the permit; `Disk(Lost)` if it is not allowed (any more); and those of `set_attributes`.
+    pub async fn set_attributes_on(
+        &self,
+        ino: Ino,
+        set: SetAttributes,
+        terms: Terms<'_>,
+        permit: Permit<'_>,
+    ) -> Result<Attributes> {
         if let Some(size) = set.size {
-            self.truncate(ino, size).await?;
+            self.truncate_on(ino, size, Terms { kill: terms.kill || set.kill, ..terms }).await?;
         }
         let truncated_program = set.size.is_some() && self.inode(ino).await?.flags & HAS_CAPABILITY != 0;
-        let set = SetAttributes { size: None, ..set };
+        let set = SetAttributes { size: None, kill: set.kill && set.size.is_none(), ..set };
         if set.is_empty() && !truncated_program {
             return self.attributes(ino).await;
         }
@@ -55,6 +73,10 @@ impl<D: Disk> FileSystem<D> {
         let now = self.now();
         work.load(ino).await?;
         let inode = work.inodes.get_mut(&ino).ok_or(FsError::Stale)?;
+        if !(terms.allowed)() {
+            return Err(FsError::Disk(sld::DiskError::Lost));
+        }
+        let set = permit(&inode.attributes(), set)?;
         let kind = inode.kind();
         let mut changed = Vec::new();
         if set.uid.is_some() || set.gid.is_some() {

@@ -36,6 +36,33 @@ const CLOCK_SKEW_SECONDS: i64 = 60;
 /// Whether a write may (still) be done.
 pub type Allowed<'a> = &'a (dyn Fn() -> bool + Sync);
 
+/// On what terms the data of a file is changed. They are looked at when it is, with its token in hand.
+#[derive(Clone, Copy)]
+pub struct Terms<'a> {
+    /// Takes set-user-id and set-group-id away, as a change by an ordinary user does.
+    pub kill: bool,
+    /// Whether it may (still) be done.
+    pub allowed: Allowed<'a>,
+}
+
+impl Terms<'static> {
+    /// Nothing stands against it, and nothing follows from it.
+    pub const NONE: Terms<'static> = Terms { kill: false, allowed: &|| true };
+}
+
+impl Terms<'_> {
+    /// To be called before anything is changed.
+    fn apply(&self, inode: &mut Inode) -> Result<()> {
+        if !(self.allowed)() {
+            return Err(FsError::Disk(sld::DiskError::Lost));
+        }
+        if self.kill {
+            inode.kill_set_ids();
+        }
+        Ok(())
+    }
+}
+
 /// Where a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
@@ -270,8 +297,16 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `TooLarge`, and those of `write`.
     pub async fn truncate(&self, ino: Ino, size: u64) -> Result<Attributes> {
+        self.truncate_on(ino, size, Terms::NONE).await
+    }
+
+    /// Sets a file's size on some terms.
+    ///
+    /// # Errors
+    /// `Disk(Lost)` if it is not allowed (any more), and those of `truncate`.
+    pub async fn truncate_on(&self, ino: Ino, size: u64, terms: Terms<'_>) -> Result<Attributes> {
         loop {
-            match self.try_truncate(ino, size).await? {
+            match self.try_truncate(ino, size, terms).await? {
                 Step::Done((attributes, true)) => return Ok(attributes),
                 Step::Done((attributes, false)) => {
                     self.trim(ino).await?;
@@ -282,7 +317,7 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
-    async fn try_truncate(&self, ino: Ino, size: u64) -> Result<Step<(Attributes, bool)>> {
+    async fn try_truncate(&self, ino: Ino, size: u64, terms: Terms<'_>) -> Result<Step<(Attributes, bool)>> {
         self.disk().admit().await?;
         let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
@@ -293,6 +328,7 @@ impl<D: Disk> FileSystem<D> {
         if size > inode.size && inode.flags & RESIDUE != 0 {
             return Ok(Step::Residue);
         }
+        terms.apply(&mut inode)?;
         let mut tx = Transaction::new(self.disk());
         self.changed(&mut inode);
         if size >= inode.size {
@@ -364,6 +400,22 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// As `write`; `Invalid` for an empty range.
     pub async fn allocate(&self, ino: Ino, what: Allocate, offset: u64, len: u64, keep_size: bool) -> Result<()> {
+        self.allocate_on(ino, what, offset, len, keep_size, Terms::NONE).await
+    }
+
+    /// Reserves, zeroes or punches a range on some terms.
+    ///
+    /// # Errors
+    /// `Disk(Lost)` if it is not allowed (any more), and those of `allocate`.
+    pub async fn allocate_on(
+        &self,
+        ino: Ino,
+        what: Allocate,
+        offset: u64,
+        len: u64,
+        keep_size: bool,
+        terms: Terms<'_>,
+    ) -> Result<()> {
         if len == 0 {
             return Err(FsError::Invalid("an empty range"));
         }
@@ -371,12 +423,12 @@ impl<D: Disk> FileSystem<D> {
         let fill = match what {
             Allocate::Reserve => Fill::Reserve,
             Allocate::Zero => Fill::Zeros,
-            Allocate::Punch => return self.punch(ino, offset, end).await,
+            Allocate::Punch => return self.punch(ino, offset, end, terms).await,
         };
         let mut at = offset;
         while at < end {
             let to = end.min(at + (CHUNK - at % BS));
-            match self.try_allocate(ino, fill, at, to, keep_size).await? {
+            match self.try_allocate(ino, fill, at, to, keep_size, terms).await? {
                 Step::Done(()) => at = to,
                 Step::Residue => self.trim(ino).await?,
             }
@@ -384,7 +436,15 @@ impl<D: Disk> FileSystem<D> {
         Ok(())
     }
 
-    async fn try_allocate(&self, ino: Ino, fill: Fill<'_>, from: u64, to: u64, keep_size: bool) -> Result<Step<()>> {
+    async fn try_allocate(
+        &self,
+        ino: Ino,
+        fill: Fill<'_>,
+        from: u64,
+        to: u64,
+        keep_size: bool,
+        terms: Terms<'_>,
+    ) -> Result<Step<()>> {
         self.disk().admit().await?;
         let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
@@ -392,12 +452,14 @@ impl<D: Disk> FileSystem<D> {
         if to > inode.size && inode.flags & RESIDUE != 0 {
             return Ok(Step::Residue);
         }
+        let mode = inode.mode;
+        terms.apply(&mut inode)?;
         let mut tx = Transaction::new(self.disk());
         let after = put(&mut tx, &mut inode, from, to, fill).await?;
         let size = if keep_size { inode.size } else { inode.size.max(to) };
         if size > inode.size || matches!(fill, Fill::Zeros) {
             self.changed(&mut inode);
-        } else if tx.is_empty() {
+        } else if tx.is_empty() && inode.mode == mode {
             return Ok(Step::Done(()));
         }
         inode.size = size;
@@ -406,13 +468,14 @@ impl<D: Disk> FileSystem<D> {
         Ok(Step::Done(()))
     }
 
-    async fn punch(&self, ino: Ino, offset: u64, end: u64) -> Result<()> {
+    async fn punch(&self, ino: Ino, offset: u64, end: u64, terms: Terms<'_>) -> Result<()> {
         let mut edges_left = true;
         loop {
             self.disk().admit().await?;
             let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
             let mut inode = self.load(Source::disk(self.disk()), ino).await?;
             check_file(&inode)?;
+            terms.apply(&mut inode)?;
             let mut tx = Transaction::new(self.disk());
             self.changed(&mut inode);
             if let Body::Inline(bytes) = &inode.body {
@@ -482,6 +545,15 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Invalid` if the ranges overlap, and those of `read` and `write`.
     pub async fn copy_range(&self, from: Ino, from_offset: u64, to: Ino, to_offset: u64, len: u64) -> Result<u64> {
+        self.copy_range_on((from, from_offset), (to, to_offset), len, Terms::NONE).await
+    }
+
+    /// Copies between files, on some terms for the second.
+    ///
+    /// # Errors
+    /// `Disk(Lost)` if it is not allowed (any more), and those of `copy_range`.
+    pub async fn copy_range_on(&self, source: (Ino, u64), target: (Ino, u64), len: u64, terms: Terms<'_>) -> Result<u64> {
+        let ((from, from_offset), (to, to_offset)) = (source, target);
         let disjoint = from_offset.saturating_add(len) <= to_offset || to_offset.saturating_add(len) <= from_offset;
         if from == to && !disjoint {
             return Err(FsError::Invalid("the ranges overlap"));
@@ -497,7 +569,8 @@ impl<D: Disk> FileSystem<D> {
                 let data = self.read(from, at, want as u32).await?;
                 let got = data.len();
                 if got > 0 {
-                    self.write(to, At::Offset(to_offset.saturating_add(copied)), data.into_payload(), false).await?;
+                    let at = At::Offset(to_offset.saturating_add(copied));
+                    self.write_if(to, at, data.into_payload(), terms.kill, terms.allowed).await?;
                 }
                 Ok::<u64, FsError>(got)
             };

@@ -19,6 +19,7 @@ use crate::transaction::{Source, Transaction};
 use crate::{FileSystem, FsError, Ino, Result};
 use bytes::Bytes;
 use cluster::{BLOCK_SIZE, BlockNo};
+use nix::libc;
 use sld::{After, Disk, Kind, Mode, Tag};
 use std::collections::BTreeMap;
 
@@ -47,6 +48,10 @@ pub enum SetMode {
 }
 
 type Attributes = BTreeMap<Vec<u8>, Bytes>;
+
+/// Says, from what an inode is with its token in hand, whether its access control lists may be changed, and whether that costs
+/// set-group-id.
+pub type PermitList<'a> = &'a (dyn Fn(&crate::Attributes) -> Result<bool> + Sync);
 
 /// The capabilities that a program gets. They are taken away by whoever changes the file (`Inode::flags` says whether there
 /// are any).
@@ -188,6 +193,14 @@ impl<D: Disk> FileSystem<D> {
     /// `Exists` or `NoData` if `mode` expects otherwise; `TooBig` for a long value; `NoSpace` also if there are too many;
     /// and those of `get_xattr`.
     pub async fn set_xattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: SetMode) -> Result<()> {
+        self.set_xattr_if(ino, name, value, mode, &|_| Ok(false)).await
+    }
+
+    /// Sets an attribute, if it is permitted; an access list may cost set-group-id.
+    ///
+    /// # Errors
+    /// Those of the permit and of `set_xattr`.
+    pub async fn set_xattr_if(&self, ino: Ino, name: &[u8], value: &[u8], mode: SetMode, permit: PermitList<'_>) -> Result<()> {
         check_name(name)?;
         if value.len() > VALUE_MAX {
             return Err(FsError::TooBig);
@@ -199,7 +212,12 @@ impl<D: Disk> FileSystem<D> {
                 _ => {}
             }
             if name == acl::ACCESS || name == acl::DEFAULT {
-                return set_acl(inode, attributes, name, value);
+                let loses_group = permit(&inode.attributes())?;
+                set_acl(inode, attributes, name, value)?;
+                if name == acl::ACCESS && loses_group {
+                    inode.mode &= !libc::S_ISGID;
+                }
+                return Ok(());
             }
             attributes.insert(name.to_vec(), Bytes::copy_from_slice(value));
             Ok(())
@@ -212,12 +230,25 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// Those of `get_xattr`.
     pub async fn remove_xattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        self.remove_xattr_if(ino, name, &|_| Ok(false)).await
+    }
+
+    /// Removes an attribute, if it is permitted.
+    ///
+    /// # Errors
+    /// Those of the permit and of `remove_xattr`.
+    pub async fn remove_xattr_if(&self, ino: Ino, name: &[u8], permit: PermitList<'_>) -> Result<()> {
         check_name(name)?;
         let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
-        self.change_xattrs(ino, |_, attributes| match attributes.remove(name) {
-            // A list that is not there says what the mode says, and may be taken away as often as one likes.
-            None if !is_acl => Err(FsError::NoData),
-            _ => Ok(()),
+        self.change_xattrs(ino, |inode, attributes| {
+            if is_acl {
+                permit(&inode.attributes())?;
+            }
+            match attributes.remove(name) {
+                // A list that is not there says what the mode says, and may be taken away as often as one likes.
+                None if !is_acl => Err(FsError::NoData),
+                _ => Ok(()),
+            }
         })
         .await
     }

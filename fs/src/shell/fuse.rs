@@ -16,11 +16,11 @@ use super::handles::{self, Handles};
 use super::known::{Known, Moment, Told};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
+use super::rights;
 use super::serve::Company;
 use super::signal;
 use super::translate::{self, Identity, errno};
-use crate::acl;
-use crate::ops::data::{Allocate, At, Payload, Seek};
+use crate::ops::data::{Allocate, At, Payload, Seek, Terms};
 use crate::ops::meant;
 use crate::ops::xattr::SetMode;
 use crate::{Attributes, Caller, DirEntry, FileSystem, FsError, Ino, NewNode, SetAttributes};
@@ -302,15 +302,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
         _flags: Option<fuser::BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        // What the kernel takes from a program that is given away or cut comes with that; by now it may be another mode.
+        let along = mode.is_some() && (size.is_some() || uid.is_some() || gid.is_some());
+        let exact = |time: Option<TimeOrNow>| matches!(time, Some(TimeOrNow::SpecificTime(_)));
+        let exact_times = exact(atime) || exact(mtime);
         let change = SetAttributes {
-            mode,
+            mode: mode.filter(|_| !along),
+            kill: along,
             uid,
             gid,
             size,
@@ -319,7 +324,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
-            let result = front.fs.set_attributes(&caller, front.identity.ino(ino), change).await;
+            let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
+            let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
+            let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
+            let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
             front.changed(start, result, reply);
         });
     }
@@ -712,20 +720,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             _ => return reply.error(Errno::EINVAL),
         };
         operation!(self, request, |front, start, caller| {
-            let ino = front.identity.ino(ino);
-            let result = async {
-                front.fs.set_xattr(ino, &name, &value, mode).await?;
-                if name == acl::ACCESS && caller.uid != 0 {
-                    // Who is not in the file's group cannot have its programs act as the group.
-                    let found = front.fs.attributes(ino).await?;
-                    if found.mode & nix::libc::S_ISGID != 0 && !signal::is_in_group(&caller, found.gid) {
-                        let mode = Some(found.mode & 0o7777 & !nix::libc::S_ISGID);
-                        front.fs.set_attributes(&caller, ino, SetAttributes { mode, ..SetAttributes::default() }).await?;
-                    }
-                }
-                Ok(())
-            };
-            empty(result.await, reply);
+            let permit = |found: &Attributes| rights::change_list(&caller, found);
+            empty(front.fs.set_xattr_if(front.identity.ino(ino), &name, &value, mode, &permit).await, reply);
         });
     }
 
@@ -745,7 +741,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
-            empty(front.fs.remove_xattr(front.identity.ino(ino), &name).await, reply);
+            let permit = |found: &Attributes| rights::change_list(&caller, found);
+            empty(front.fs.remove_xattr_if(front.identity.ino(ino), &name, &permit).await, reply);
         });
     }
 
@@ -792,7 +789,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         }
         operation!(self, request, |front, start, caller| {
             let Some((what, keep_size)) = allocation(mode) else { return reply.error(Errno::EOPNOTSUPP) };
-            empty(front.fs.allocate(front.identity.ino(ino), what, offset, length, keep_size).await, reply);
+            let allowed = || !front.handles.has_lost_locks(ino.0, handle);
+            let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
+            empty(front.fs.allocate_on(front.identity.ino(ino), what, offset, length, keep_size, terms).await, reply);
         });
     }
 
@@ -831,8 +830,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             return reply.error(Errno::EIO);
         }
         operation!(self, request, |front, start, caller| {
-            let (from, to) = (front.identity.ino(from), front.identity.ino(to));
-            match front.fs.copy_range(from, from_offset, to, to_offset, length.min(COPY_MAX)).await {
+            let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
+            let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
+            let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
+            let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
+            match front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await {
                 Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),
             }

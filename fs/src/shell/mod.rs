@@ -6,6 +6,7 @@ mod known;
 mod locks;
 mod mount;
 mod notify;
+mod rights;
 mod serve;
 mod signal;
 mod syscall;
