@@ -331,10 +331,106 @@ fn mode(path: &Path) -> u32 {
 }
 
 /// A list for `setxattr`: the owner and a user may do all, others nothing.
-fn list_for(user: u32) -> String {
+fn list_for(user: u32) -> Vec<u8> {
     let entry = |tag: u16, rights: u16, id: u32| [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat();
     let entries = [entry(1, 7, !0), entry(2, 7, user), entry(4, 0, !0), entry(16, 7, !0), entry(32, 0, !0)];
-    [vec![2, 0, 0, 0], entries.concat()].concat().iter().map(|b| format!("{b:02x}")).collect()
+    [vec![2, 0, 0, 0], entries.concat()].concat()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn an_access_list_is_never_an_older_one() {
+    const LIST: &str = "system.posix_acl_access";
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1).join("file"), cluster.mount(2).join("file"));
+    fs::write(&here, "bytes").expect("a file");
+    let held = File::open(&there).expect("it opens");
+    for round in 0..60u32 {
+        let list = list_for(1000 + round);
+        sys::set_xattr(&here, LIST, &list).expect("the list can be set");
+        // Through a descriptor, and by name; nobody looks at the attributes.
+        for _ in 0..2 {
+            assert_eq!(sys::get_xattr_of(&held, LIST).expect("the list"), list, "round {round}");
+        }
+        if round % 3 == 0 {
+            assert_eq!(sys::get_xattr(&there, LIST).expect("the list"), list, "round {round}");
+        }
+        if round % 5 == 0 {
+            sys::remove_xattr(&here, LIST).expect("it can be removed");
+            let none = sys::get_xattr_of(&held, LIST).expect_err("no list");
+            assert_eq!(none.raw_os_error(), Some(libc::ENODATA), "round {round}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn records_of_a_megabyte_appended_from_two_nodes_are_whole() {
+    const RECORD: usize = 1020 * 1024;
+    const RECORDS: usize = 12;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let path = |node: usize| cluster.mount(node).join("log");
+    File::create(path(1)).expect("a file");
+    let writers = [1usize, 2].map(|node| {
+        let mut log = fs::OpenOptions::new().append(true).open(path(node)).expect("it opens");
+        std::thread::spawn(move || {
+            for n in 0..RECORDS {
+                // At no particular place in memory.
+                let record = vec![(node * 100 + n) as u8; RECORD + 1];
+                assert_eq!(io::Write::write(&mut log, &record[1..]).expect("it can be appended"), RECORD);
+            }
+        })
+    });
+    writers.into_iter().for_each(|writer| writer.join().expect("appending goes on"));
+    for node in [1, 2] {
+        let log = fs::read(path(node)).expect("it can be read");
+        assert_eq!(log.len(), 2 * RECORDS * RECORD);
+        let mut records: Vec<u8> = log
+            .chunks(RECORD)
+            .map(|record| {
+                assert!(record.iter().all(|b| *b == record[0]), "a record is torn");
+                record[0]
+            })
+            .collect();
+        records.sort_unstable();
+        let right: Vec<u8> = [1usize, 2].iter().flat_map(|node| (0..RECORDS).map(move |n| (node * 100 + n) as u8)).collect();
+        assert_eq!(records, right);
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_a_synchronous_descriptor_was_told_is_done_survives_all_daemons() {
+    let cluster = RealCluster::up(&Options::default());
+    let dir = cluster.mount(1);
+    fs::write(dir.join("source"), vec![b's'; 300_000]).expect("a file");
+    let source = File::open(dir.join("source")).expect("it opens");
+    let open = |name: &str, how| {
+        fs::File::create(dir.join(name)).expect("a file");
+        sys::open(&dir.join(name), true, how).expect("it opens")
+    };
+    for how in [libc::O_SYNC, libc::O_DSYNC] {
+        let [written, copied, reserved] = ["written", "copied", "reserved"].map(|name| open(&format!("{name}-{how}"), how));
+        written.write_all_at(&[b'w'; 300_000], 0).expect("it can be written");
+        let mut done = 0;
+        while done < 300_000 {
+            done += sys::copy_range(&source, done as u64, &copied, done as u64, 300_000 - done).expect("it can be copied");
+        }
+        sys::fallocate(&reserved, 0, 0, 300_000).expect("it can be reserved");
+    }
+    cluster.kill(&[1, 2, 3]);
+    cluster.start(&[1, 2, 3]);
+    cluster.wait_healthy();
+    for how in [libc::O_SYNC, libc::O_DSYNC] {
+        for (name, byte) in [("written", b'w'), ("copied", b's'), ("reserved", 0)] {
+            let bytes = fs::read(cluster.mount(2).join(format!("{name}-{how}"))).expect("it is there");
+            assert!(bytes.len() == 300_000 && bytes.iter().all(|b| *b == byte), "{name}: {} bytes", bytes.len());
+        }
+    }
 }
 
 #[test]
@@ -346,7 +442,7 @@ fn who_has_lost_a_file_to_another_owner_on_another_node_cannot_change_its_attrib
         "chmod 0 4755".to_owned(),
         "chmod 0 600".to_owned(),
         "times 0 5".to_owned(),
-        format!("setxattr 0 system.posix_acl_access {}", list_for(USER)),
+        format!("setxattr 0 system.posix_acl_access {}", hex(&list_for(USER))),
         format!("chgrp 0 {USER}"),
         format!("chown 0 {USER}"),
     ];

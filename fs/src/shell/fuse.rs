@@ -20,6 +20,7 @@ use super::rights;
 use super::serve::Company;
 use super::signal;
 use super::translate::{self, Identity, errno};
+use crate::acl;
 use crate::ops::data::{Allocate, At, Payload, Seek, Terms};
 use crate::ops::meant;
 use crate::ops::xattr::SetMode;
@@ -423,7 +424,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             match result.await {
                 Ok(attributes) => {
-                    reply.opened(front.handles.open(direct), front.open_flags(&attributes, direct));
+                    reply.opened(front.handles.open(direct, flags.0), front.open_flags(&attributes, direct));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -449,7 +450,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
                         Generation(generation),
-                        front.handles.open(direct),
+                        front.handles.open(direct, flags),
                         front.open_flags(&attributes, direct),
                     );
                 }
@@ -727,8 +728,24 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
+        let is_list = name == acl::ACCESS || name == acl::DEFAULT;
         operation!(self, request, |front, start, caller| {
-            sized(front.fs.get_xattr(front.identity.ino(ino), &name).await, size, reply);
+            let mut began = start;
+            let value = loop {
+                let value = front.fs.get_xattr(front.identity.ino(ino), &name).await;
+                // The kernel keeps lists (also that there is none) until it is told otherwise.
+                if !is_list || front.known.tell_list(began, caller.pid, ino.0) {
+                    break value;
+                }
+                began = front.known.begin();
+            };
+            sized(value, size, reply);
+            if is_list && front.company.has_others() {
+                // Another mount may change it without any token moving. An invalidation makes the kernel drop also a list that
+                // is on its way to it.
+                let known = front.known.clone();
+                front.notify.forget_attributes(ino.0, move || known.contains(ino.0));
+            }
         });
     }
 
@@ -791,7 +808,12 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let Some((what, keep_size)) = allocation(mode) else { return reply.error(Errno::EOPNOTSUPP) };
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            empty(front.fs.allocate_on(front.identity.ino(ino), what, offset, length, keep_size, terms).await, reply);
+            let node = front.identity.ino(ino);
+            let result = async {
+                front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
+                if handles::is_synchronous(handle) { front.fs.fsync(node, false).await } else { Ok(()) }
+            };
+            empty(result.await, reply);
         });
     }
 
@@ -834,7 +856,14 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
-            match front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await {
+            let result = async {
+                let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;
+                if handles::is_synchronous(to_handle) {
+                    front.fs.fsync(target.0, false).await?;
+                }
+                Ok::<u64, FsError>(copied)
+            };
+            match result.await {
                 Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),
             }

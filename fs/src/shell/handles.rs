@@ -19,12 +19,20 @@ use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bit of a handle: it bypasses the page cache. The other bits number the handles of a mount.
+/// Bits of a handle: it bypasses the page cache; what is written through it is durable when it is acknowledged (O_SYNC, O_DSYNC).
+/// The other bits number the handles of a mount.
 const DIRECT: u64 = 1;
+const SYNCHRONOUS: u64 = 2;
+const BITS: u32 = 2;
 
 /// Whether a handle bypasses the page cache.
 pub(crate) fn is_direct(handle: FileHandle) -> bool {
     handle.0 & DIRECT != 0
+}
+
+/// Whether changes through a handle are to be durable when they are acknowledged.
+pub(crate) fn is_synchronous(handle: FileHandle) -> bool {
+    handle.0 & SYNCHRONOUS != 0
 }
 
 /// The open files of one mount, as far as they are out of the ordinary.
@@ -40,9 +48,11 @@ pub(crate) struct Handles {
 }
 
 impl Handles {
-    /// A handle for a file that is opened now.
-    pub(crate) fn open(&self, direct: bool) -> FileHandle {
-        FileHandle((self.opened.fetch_add(1, Ordering::SeqCst) + 1) << 1 | u64::from(direct))
+    /// A handle for a file that is opened now, with these flags.
+    pub(crate) fn open(&self, direct: bool, flags: i32) -> FileHandle {
+        let number = self.opened.fetch_add(1, Ordering::SeqCst) + 1;
+        let synchronous = if flags & nix::libc::O_DSYNC != 0 { SYNCHRONOUS } else { 0 };
+        FileHandle(number << BITS | synchronous | if direct { DIRECT } else { 0 })
     }
 
     /// The locks on these inodes are gone.
@@ -55,7 +65,7 @@ impl Handles {
 
     /// Whether a handle was open when locks on its file were lost.
     pub(crate) fn has_lost_locks(&self, ino: u64, handle: FileHandle) -> bool {
-        let number = handle.0 >> 1;
+        let number = handle.0 >> BITS;
         // Without a loss since, as almost always, there is nothing to look up.
         number <= self.newest.load(Ordering::SeqCst) && self.losses.lock().get(&ino).is_some_and(|last| number <= *last)
     }
@@ -92,11 +102,11 @@ mod tests {
     #[test]
     fn handles_opened_before_a_loss_are_concerned_and_later_ones_are_not() {
         let handles = Handles::default();
-        let (before, other) = (handles.open(true), handles.open(false));
-        assert!(is_direct(before) && !is_direct(other));
+        let (before, other) = (handles.open(true, 0), handles.open(false, nix::libc::O_SYNC));
+        assert!(is_direct(before) && !is_direct(other) && !is_synchronous(before) && is_synchronous(other));
         assert!(!handles.has_lost_locks(7, before));
         handles.lose_locks([7].into_iter());
-        let after = handles.open(true);
+        let after = handles.open(true, 0);
         assert!(handles.has_lost_locks(7, before) && handles.has_lost_locks(7, other));
         assert!(!handles.has_lost_locks(8, before) && !handles.has_lost_locks(7, after));
         handles.lose_locks([7, 8].into_iter());
@@ -108,7 +118,7 @@ mod tests {
     #[test]
     fn owners_that_no_flush_named_end_with_the_handle() {
         let handles = Handles::default();
-        let (one, two) = (handles.open(true), handles.open(true));
+        let (one, two) = (handles.open(true, 0), handles.open(true, 0));
         for (handle, owner) in [(one, 10), (one, 20), (two, 10), (two, 30)] {
             handles.locked(handle, LockOwner(owner));
         }

@@ -381,6 +381,18 @@ impl Known {
         ttl.min(NAME_LIFETIME)
     }
 
+    /// An access control list is about to be sent to a thread in answer to a request that began at `start`. The kernel keeps it
+    /// for as long as its attributes are not invalidated, whatever the lifetime of those. False: it may be an older one by now,
+    /// and must be read again.
+    pub(crate) fn tell_list(&self, start: Moment, thread: u32, ino: u64) -> bool {
+        let mut shard = self.shard(ino).lock();
+        let Some(inode) = shard.get_mut(&ino) else { return self.begin() == start };
+        inode.heard(thread);
+        let current = self.is_current(start, inode, true);
+        inode.attributes |= current;
+        current
+    }
+
     /// Data of this version is about to be sent to a thread for the page cache.
     pub(crate) fn tell_pages(&self, ino: u64, thread: u32, version: u64) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
@@ -545,6 +557,18 @@ mod tests {
         let changed = known.changed(7);
         assert!(changed.pages);
         assert_eq!((now(second), now(changed)), (Refresh::Needless, Refresh::Now));
+    }
+
+    #[test]
+    fn a_list_that_was_told_is_taken_back_though_attributes_were_told_for_no_time() {
+        let known = Known::new();
+        known.tell(known.begin(), 1, 7, 1, Some(M), true, Duration::ZERO);
+        assert!(!known.revoke(7).attributes);
+        let start = known.begin();
+        assert!(known.tell_list(start, 1, 7));
+        assert!(known.revoke(7).attributes);
+        assert!(!known.tell_list(start, 1, 7), "it may be an older one");
+        assert!(!known.revoke(7).attributes, "nothing was told since");
     }
 
     #[test]

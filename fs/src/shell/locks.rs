@@ -3,7 +3,8 @@
 //! Record locks (`fcntl`) and flock are two spaces that never meet. Which one a request is for is seen from the system call of
 //! its thread. Where that cannot be seen a request for the whole file is for both: it excludes whatever it may have to.
 //!
-//! A wait for a lock ends with any signal, as it does on a local file system.
+//! A wait for a lock ends with any signal. It cannot be begun again by the kernel, as on a local file system for a handler with
+//! SA_RESTART: FUSE has no answer for that.
 
 use super::fuse::Front;
 use super::signal;

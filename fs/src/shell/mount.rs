@@ -59,9 +59,8 @@ impl MountOptions {
                 "dev" => flags.remove(MsFlags::MS_NODEV),
                 "noexec" => flags.insert(MsFlags::MS_NOEXEC),
                 "exec" => flags.remove(MsFlags::MS_NOEXEC),
-                "sync" => flags.insert(MsFlags::MS_SYNCHRONOUS),
-                "async" => flags.remove(MsFlags::MS_SYNCHRONOUS),
-                "dirsync" => flags.insert(MsFlags::MS_DIRSYNC),
+                // A mount whose every change is durable at once is not to be had: "sync" and "dirsync" are refused by name.
+                "async" => {}
                 "noatime" => flags.insert(MsFlags::MS_NOATIME),
                 "atime" => flags.remove(MsFlags::MS_NOATIME),
                 "nodiratime" => flags.insert(MsFlags::MS_NODIRATIME),
@@ -246,6 +245,9 @@ mod tests {
         ] {
             let times = AccessTimes { policy, not_directories };
             assert_eq!(MountOptions::parse(options).unwrap().access_times(), times, "{options}");
+        }
+        for refused in ["sync", "dirsync"] {
+            assert_eq!(MountOptions::parse(refused).unwrap_err().option, refused);
         }
         let error = MountOptions::parse("rw,frobnicate=3").unwrap_err();
         assert!(error.to_string().contains("frobnicate=3"));

@@ -110,6 +110,9 @@ impl<D: Disk> Server<D> {
             let identity = identity.clone();
             locks.on_lost(Box::new(move |objects| {
                 let Some(handles) = handles.upgrade() else { return false };
+                if objects.is_empty() {
+                    return true;
+                }
                 handles.lose_locks(objects.iter().filter_map(|object| match object {
                     ObjectId::Inode(ino) => Some(identity.node(crate::Ino(*ino))),
                     _ => None,

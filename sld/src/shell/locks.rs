@@ -65,9 +65,12 @@ impl Locks {
         Arc::new(Locks { node, task })
     }
 
-    /// Adds to those who are told of lost locks. They must not call back.
+    /// Adds to those who are told of lost locks. They must not call back. Those who do not want to hear of any more are taken
+    /// out: they are asked, with nothing lost, whenever somebody is added.
     pub fn on_lost(&self, lost: LostLocks) {
-        self.node.lost.lock().push(lost);
+        let mut all = self.node.lost.lock();
+        all.retain(|tell| tell(&[]));
+        all.push(lost);
     }
 
     /// Takes a lock for `owner` (a kernel's lock owner number). If it does not `wait`, or too many wait already, a conflict is

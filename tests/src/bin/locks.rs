@@ -242,11 +242,7 @@ impl Bench {
                     same(&format!("{how} {start}+1 after both"), b.ask(&format!("{kind} 0 {how} {start} 1")), right)?;
                 }
                 // A query tells of what is in the way: the process if it is on this node, nobody if on another.
-                let pid = match (kind, near == far) {
-                    ("ofd", _) => "-1".to_owned(),
-                    (_, true) => a.pid().to_string(),
-                    (_, false) => "0".to_owned(),
-                };
+                let pid = if near == far { a.pid().to_string() } else { "0".to_owned() };
                 if kind == "fcntl" {
                     same("a query", b.ask("query 0 ex 0 15"), Ok(format!("ex 10 5 {pid}")))?;
                     same("a query beside", b.ask("query 0 ex 0 10"), Ok("free".into()))?;
