@@ -93,6 +93,13 @@ impl FsError {
         FsError::Corrupt { block, what }
     }
 
+    /// Whether what is on the disks is damaged, on all copies: trying again does not help, and others may go on.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        use DiskError::{Corrupt, NoSuchBlock};
+        matches!(self, FsError::Corrupt { .. } | FsError::Disk(Corrupt(_) | NoSuchBlock(_)))
+    }
+
     /// The number that the kernel is told.
     #[must_use]
     pub fn errno(&self) -> i32 {

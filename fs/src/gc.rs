@@ -219,8 +219,11 @@ impl<D: Disk> FileSystem<D> {
         }
         if left == 0 {
             if !dry_run {
-                if self.reclaim(ino).await? {
-                    report.orphans += 1;
+                match self.reclaim(ino).await {
+                    Ok(freed) => report.orphans += u64::from(freed),
+                    // It stays, and does not keep the others from being freed.
+                    Err(error) if error.is_damage() => tracing::error!(%ino, %error, "an orphan cannot be freed; run fsck"),
+                    Err(error) => return Err(error),
                 }
             } else if !self.is_open(ino) {
                 report.orphans += 1;
@@ -316,7 +319,8 @@ impl<D: Disk> FileSystem<D> {
                 orphans.extend(work.drop_record(entry.ino, entry.record(dir, resolved.hash), now, write).await?);
             }
             drop(work.commit()?);
-            return self.reclaim_all(orphans).await;
+            self.free_later(orphans).await;
+            return Ok(());
         }
     }
 

@@ -42,6 +42,8 @@ struct State {
     open: BTreeSet<ObjectId>,
     open_elsewhere: BTreeSet<ObjectId>,
     lost: Vec<FlushTarget>,
+    refused: u32,
+    damaged: BTreeSet<BlockNo>,
     cycle: u32,
     recorded: Option<Vec<Operation>>,
     upcalls: Option<Arc<dyn Upcalls>>,
@@ -164,9 +166,19 @@ impl MemoryDisk {
         self.shared.state.lock().lost.push(target);
     }
 
+    /// Lets the next so many commits fail, as if the node had been cut off since their operations began.
+    pub fn refuse_commits(&self, count: u32) {
+        self.shared.state.lock().refused = count;
+    }
+
     /// Begins a new cycle of the collector.
     pub fn set_cycle(&self, cycle: u32) {
         self.shared.state.lock().cycle = cycle;
+    }
+
+    /// Damages a block on all copies, until it is written anew.
+    pub fn damage(&self, block: BlockNo) {
+        self.shared.state.lock().damaged.insert(block);
     }
 
     /// Puts contents into a block behind everyone's back: damage for tests.
@@ -203,6 +215,9 @@ impl MemoryDisk {
         match state.mirrors.get(&block.mirror) {
             Some(space) if block.index < space.blocks => {}
             _ => return Err(DiskError::NoSuchBlock(block)),
+        }
+        if state.damaged.contains(&block) {
+            return Err(DiskError::Corrupt(block));
         }
         Ok(state.blocks.get(&block).map_or_else(|| self.shared.zeros.clone(), |(_, data)| data.clone()))
     }
@@ -299,12 +314,17 @@ impl Disk for MemoryDisk {
 
     fn commit(&self, operation: Operation) -> Result<(), DiskError> {
         let mut state = self.shared.state.lock();
+        if state.refused > 0 {
+            state.refused -= 1;
+            return Err(DiskError::Lost);
+        }
         for (position, write) in operation.writes.iter().enumerate() {
             for after in &write.after {
                 if let crate::After::Write(id) = after {
                     assert!(id.0 < position, "write {position} comes after write {}, which is not earlier", id.0);
                 }
             }
+            state.damaged.remove(&write.block);
             let space = state.mirrors.get_mut(&write.block.mirror);
             let Some(space) = space.filter(|s| write.block.index < s.blocks) else {
                 panic!("a write to block {}, which does not exist", write.block);

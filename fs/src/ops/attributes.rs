@@ -68,6 +68,17 @@ impl<D: Disk> FileSystem<D> {
         if set.is_empty() && !truncated_program {
             return self.attributes(ino).await;
         }
+        self.again_if(terms.allowed, || self.try_set_attributes(ino, set, truncated_program, terms, permit)).await
+    }
+
+    async fn try_set_attributes(
+        &self,
+        ino: Ino,
+        set: SetAttributes,
+        truncated_program: bool,
+        terms: Terms<'_>,
+        permit: Permit<'_>,
+    ) -> Result<Attributes> {
         let mut locks = Locks::new([(ino.object(), Mode::Exclusive)]);
         let mut work = self.begin(&mut locks).await?;
         let now = self.now();

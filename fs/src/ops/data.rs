@@ -143,7 +143,7 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `IsDirectory`, `Invalid` if it is not a file; `Stale`, `Corrupt`, those of the disk.
     pub async fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<FileData> {
-        let (data, is_due) = self.read_data(ino, offset, size).await?;
+        let (data, is_due) = self.again(|| self.read_data(ino, offset, size)).await?;
         if is_due {
             self.accessed(ino).await;
         }
@@ -226,7 +226,12 @@ impl<D: Disk> FileSystem<D> {
                 At::End => CHUNK,
             };
             let len = room.min(payload.len() - done);
-            let offset = self.write_chunk(ino, at, Fill::Payload(&payload, done), len, kill, allowed).await?;
+            let fill = Fill::Payload(&payload, done);
+            let offset = match began {
+                None => self.again_if(allowed, || self.write_chunk(ino, at, fill, len, kill, allowed)).await?,
+                // What came before may be lost, so that this must not go on as if it were there.
+                Some(_) => self.again_if(&|| false, || self.write_chunk(ino, at, fill, len, kill, allowed)).await?,
+            };
             began.get_or_insert(offset);
             done += len;
             at = match at {
@@ -306,10 +311,10 @@ impl<D: Disk> FileSystem<D> {
     /// `Disk(Lost)` if it is not allowed (any more), and those of `truncate`.
     pub async fn truncate_on(&self, ino: Ino, size: u64, terms: Terms<'_>) -> Result<Attributes> {
         loop {
-            match self.try_truncate(ino, size, terms).await? {
+            match self.again_if(terms.allowed, || self.try_truncate(ino, size, terms)).await? {
                 Step::Done((attributes, true)) => return Ok(attributes),
                 Step::Done((attributes, false)) => {
-                    self.trim(ino).await?;
+                    self.free_tail(ino).await;
                     return Ok(attributes);
                 }
                 Step::Residue => self.trim(ino).await?,
@@ -428,7 +433,7 @@ impl<D: Disk> FileSystem<D> {
         let mut at = offset;
         while at < end {
             let to = end.min(at + (CHUNK - at % BS));
-            match self.try_allocate(ino, fill, at, to, keep_size, terms).await? {
+            match self.again_if(terms.allowed, || self.try_allocate(ino, fill, at, to, keep_size, terms)).await? {
                 Step::Done(()) => at = to,
                 Step::Residue => self.trim(ino).await?,
             }

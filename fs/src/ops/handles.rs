@@ -90,6 +90,10 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Stale` if it is gone; those of the disk.
     pub async fn open(&self, ino: Ino, _flags: OpenFlags) -> Result<Attributes> {
+        self.again(|| self.try_open(ino)).await
+    }
+
+    async fn try_open(&self, ino: Ino) -> Result<Attributes> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let inode = self.load(Source::disk(&self.disk), ino).await?;
         self.count_open(ino);
@@ -127,7 +131,10 @@ impl<D: Disk> FileSystem<D> {
             }
         }
         match self.inode(ino).await {
-            Ok(inode) if inode.is_orphan() => self.reclaim(ino).await.map(|_| ()),
+            Ok(inode) if inode.is_orphan() => {
+                self.free_later(vec![ino]).await;
+                Ok(())
+            }
             Ok(_) | Err(FsError::Stale) => Ok(()),
             Err(error) => Err(error),
         }

@@ -23,6 +23,10 @@ impl<D: Disk> FileSystem<D> {
         if ino == new_parent {
             return Err(FsError::NotPermitted);
         }
+        self.again(|| self.try_link(ino, new_parent, new_name)).await
+    }
+
+    async fn try_link(&self, ino: Ino, new_parent: Ino, new_name: &[u8]) -> Result<Attributes> {
         let mut locks = Locks::new([(new_parent.object(), Mode::Exclusive), (ino.object(), Mode::Exclusive)]);
         loop {
             let mut work = self.begin(&mut locks).await?;

@@ -6,7 +6,7 @@ use crate::error::{FsError, Result};
 use crate::inode::{Attributes, FileKind, Ino};
 use crate::transaction::Source;
 use bytes::Bytes;
-use sld::{Disk, DiskError, Mode};
+use sld::{Disk, Mode};
 
 /// Names looked at under one hold of the directory's token.
 const BATCH: usize = 64;
@@ -69,8 +69,8 @@ impl<D: Disk> FileSystem<D> {
             position = 2;
         }
         loop {
-            let (listed, end, is_due) = self.batch(ino, position).await?;
-            let children = if plus { self.attributes_of(&listed).await? } else { Vec::new() };
+            let (listed, end, is_due) = self.again(|| self.batch(ino, position)).await?;
+            let children = if plus { self.again(|| self.attributes_of(&listed)).await? } else { Vec::new() };
             for (index, (next, entry)) in listed.iter().enumerate() {
                 position = *next;
                 let Some(entry) = entry else {
@@ -123,7 +123,7 @@ impl<D: Disk> FileSystem<D> {
                             continue 'again;
                         }
                         // Who touches the name is told.
-                        Err(error) if is_damage(&error) => name.candidates.into_iter().next_back(),
+                        Err(error) if error.is_damage() => name.candidates.into_iter().next_back(),
                         Err(error) => return Err(error),
                     }
                 } else {
@@ -154,7 +154,7 @@ impl<D: Disk> FileSystem<D> {
             children.push(match self.load(Source::disk(self.disk()), entry.ino).await {
                 Ok(inode) if inode.generation == entry.generation => Child::Known(inode.attributes()),
                 Ok(_) | Err(FsError::Stale) => Child::Gone,
-                Err(error) if is_damage(&error) => {
+                Err(error) if error.is_damage() => {
                     tracing::warn!(%error, ino = %entry.ino, "listed without attributes");
                     Child::Damaged
                 }
@@ -171,8 +171,4 @@ enum Child {
     /// Removed since its name was read.
     Gone,
     Damaged,
-}
-
-fn is_damage(error: &FsError) -> bool {
-    matches!(error, FsError::Corrupt { .. } | FsError::Disk(DiskError::Corrupt(_)))
 }

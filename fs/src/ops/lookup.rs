@@ -4,8 +4,8 @@ use super::{FileSystem, Locks};
 use crate::btree;
 use crate::directory::{self, check_name};
 use crate::error::{FsError, Result};
-use crate::format::NAME_MAX;
-use crate::inode::{Attributes, Body, FileKind, Ino};
+use crate::format::{NAME_MAX, Time};
+use crate::inode::{Attributes, Body, FileKind, Ino, Inode};
 use crate::transaction::Source;
 use bytes::Bytes;
 use cluster::BLOCK_SIZE;
@@ -40,6 +40,10 @@ impl<D: Disk> FileSystem<D> {
         if name == b".." {
             return self.attributes(self.directory_above(parent).await?).await;
         }
+        self.again(|| self.try_lookup(parent, name)).await
+    }
+
+    async fn try_lookup(&self, parent: Ino, name: &[u8]) -> Result<Attributes> {
         let mut locks = Locks::new([(parent.object(), Mode::Shared)]);
         loop {
             let mut work = self.begin_read(&mut locks).await?;
@@ -51,6 +55,27 @@ impl<D: Disk> FileSystem<D> {
             };
             let winner = resolved.winner().ok_or(FsError::NotFound)?.ino;
             return Ok(work.inode(winner)?.attributes());
+        }
+    }
+
+    /// What stands for a name whose inode is damaged, so that it can be removed and replaced: what its entry says, and
+    /// otherwise nothing. It must not be shown as what the inode is. `None` if the name is not of this kind (any more).
+    ///
+    /// # Errors
+    /// As [`FileSystem::lookup`].
+    pub async fn lookup_damaged(&self, parent: Ino, name: &[u8]) -> Result<Option<Attributes>> {
+        check_name(name)?;
+        let mut locks = Locks::new([(parent.object(), Mode::Shared)]);
+        loop {
+            let mut work = self.begin_read(&mut locks).await?;
+            work.load_dir(parent).await?;
+            let Some(resolved) = work.resolve_damaged(parent, name, Mode::Shared).await? else {
+                locks.need(work.needs);
+                continue;
+            };
+            let Some(entry) = resolved.damaged.first() else { return Ok(None) };
+            let inode = Inode::new(entry.ino, entry.generation, entry.kind.mode_bits(), 0, 0, Time::default());
+            return Ok(Some(inode.attributes()));
         }
     }
 
@@ -123,7 +148,7 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Invalid` if it is not one; `Stale`; those of the disk.
     pub async fn read_link(&self, ino: Ino) -> Result<Bytes> {
-        let (target, is_due) = self.target_of(ino).await?;
+        let (target, is_due) = self.again(|| self.target_of(ino)).await?;
         if is_due {
             self.accessed(ino).await;
         }
@@ -152,6 +177,7 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// Those of the disk.
     pub async fn stat_fs(&self) -> Result<StatFs> {
+        self.free_for_a_moment().await;
         let usage = self.disk().usage().await?;
         Ok(StatFs { block_size: BLOCK_SIZE as u32, blocks: usage.blocks, free: usage.free, name_max: NAME_MAX as u32 })
     }

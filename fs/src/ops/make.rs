@@ -63,6 +63,10 @@ impl<D: Disk> FileSystem<D> {
                 return Err(FsError::NotFound);
             }
         }
+        self.again(|| self.try_make(caller, parent, name, node, mode)).await
+    }
+
+    async fn try_make(&self, caller: &Caller, parent: Ino, name: &[u8], node: NewNode<'_>, mode: u32) -> Result<Attributes> {
         let mut locks = Locks::new([(parent.object(), Mode::Exclusive)]);
         loop {
             let mut work = self.begin(&mut locks).await?;

@@ -119,6 +119,8 @@ pub struct FileSystem<D: Disk> {
     lingering: linger::Lingering,
     /// Reads that the inodes' access times do not show yet.
     accesses: access::Accesses,
+    /// Removed files whose blocks are still to be freed.
+    removed: reclaim::Removed,
 }
 
 fn first_block(disk: &impl Disk) -> Result<BlockNo> {
@@ -179,6 +181,7 @@ impl<D: Disk> FileSystem<D> {
             streams: stream::Streams::default(),
             lingering: linger::Lingering::default(),
             accesses: access::Accesses::default(),
+            removed: reclaim::Removed::default(),
         };
         if !fs.inode(fs.root()).await?.is_directory() {
             return Err(FsError::corrupt(fs.root().block(), "the root is not a directory"));
@@ -239,6 +242,10 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// As `load`.
     pub(crate) async fn inode(&self, ino: Ino) -> Result<Inode> {
+        self.again(|| self.try_inode(ino)).await
+    }
+
+    async fn try_inode(&self, ino: Ino) -> Result<Inode> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         self.load(Source::disk(&self.disk), ino).await
     }
@@ -269,5 +276,7 @@ pub(crate) async fn load<D: Disk>(source: Source<'_, D>, ino: Ino) -> Result<Ino
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod removal_tests;
 #[cfg(test)]
 pub(crate) mod tests;

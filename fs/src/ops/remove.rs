@@ -38,19 +38,35 @@ impl<D: Disk> FileSystem<D> {
 
     async fn remove(&self, parent: Ino, name: &[u8], directory: bool) -> Result<()> {
         check_name(name)?;
+        let orphans = self.again(|| self.try_remove(parent, name, directory)).await?;
+        self.free_later(orphans).await;
+        Ok(())
+    }
+
+    /// Removes a name. Returns what is to be freed then.
+    async fn try_remove(&self, parent: Ino, name: &[u8], directory: bool) -> Result<Vec<Ino>> {
         let mut locks = Locks::new([(parent.object(), Mode::Exclusive)]);
         loop {
             let mut work = self.begin(&mut locks).await?;
             work.load_dir(parent).await?;
-            let Some(resolved) = work.resolve(parent, name, Mode::Exclusive).await? else {
+            let Some(resolved) = work.resolve_damaged(parent, name, Mode::Exclusive).await? else {
                 locks.need(work.needs);
                 continue;
             };
-            let winner = resolved.winner().ok_or(FsError::NotFound)?.ino;
-            match (work.inode(winner)?.is_directory(), directory) {
+            let winner = resolved.winner().map(|entry| entry.ino);
+            let is_directory = match (winner, &resolved.damage) {
+                (Some(winner), damage) => match (work.inode(winner)?.is_directory(), damage) {
+                    (true, Some(error)) => return Err(error.clone()),
+                    (is_directory, _) => is_directory,
+                },
+                (None, None) => return Err(FsError::NotFound),
+                // What its entry says it is. What it owns is left to fsck.
+                (None, Some(_)) => false,
+            };
+            match (is_directory, directory) {
                 (true, false) => return Err(FsError::IsDirectory),
                 (false, true) => return Err(FsError::NotDirectory),
-                (true, true) => match work.is_empty(winner).await? {
+                (true, true) => match work.is_empty(winner.ok_or(FsError::NotFound)?).await? {
                     None => {
                         locks.need(work.needs);
                         continue;
@@ -71,14 +87,15 @@ impl<D: Disk> FileSystem<D> {
             work.after_entry(parent, now, u32::from(directory), gone)?;
             let mut orphans = Vec::new();
             if let Some(entry) = resolved.winner() {
-                work.inode(winner)?.keep_records_of_directory(&[entry.record(parent, resolved.hash)]);
+                work.inode(entry.ino)?.keep_records_of_directory(&[entry.record(parent, resolved.hash)]);
             }
             for entry in &resolved.valid {
                 let record = entry.record(parent, resolved.hash);
                 orphans.extend(work.drop_record(entry.ino, record, now, gone).await?);
             }
             drop(work.commit()?);
-            return self.reclaim_all(orphans).await;
+            resolved.tell_damage();
+            return Ok(orphans);
         }
     }
 }
@@ -95,8 +112,18 @@ impl<D: Disk> Work<'_, D> {
         inode.ctime = later(now, inode.ctime);
         let mut after = change.after;
         after.push(After::Write(gone));
-        let unused = inode.is_orphan() && !self.fs.is_open(ino) && !self.fs.disk().open_elsewhere(ino.object());
-        if unused && self.free_small(ino, &after).await? {
+        let mut unused = inode.is_orphan() && !self.fs.is_open(ino) && !self.fs.disk().open_elsewhere(ino.object());
+        let freed = unused
+            && match self.free_small(ino, &after).await {
+                // Its name goes all the same. What it owns is not known, so nothing of it is freed.
+                Err(error) if error.is_damage() => {
+                    tracing::error!(%ino, %error, "removed, but its blocks are not freed: they are damaged; run fsck");
+                    unused = false;
+                    false
+                }
+                freed => freed?,
+            };
+        if freed {
             // Overflow blocks that the change replaced are not the inode's any more.
             for block in change.free {
                 self.tx.free(ino.object(), block, &[After::Write(gone)]);

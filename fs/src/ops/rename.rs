@@ -72,13 +72,31 @@ impl<D: Disk> FileSystem<D> {
         if [name, new_name].iter().any(|n| *n == b"." || *n == b"..") {
             return Err(FsError::Busy);
         }
+        let orphans = self.again(|| self.try_rename(caller, parent, name, new_parent, new_name, flags)).await?;
+        if self.lingers_too_much() {
+            self.let_go(false).await;
+        }
+        self.free_later(orphans).await;
+        Ok(())
+    }
+
+    /// Renames. Returns what is to be freed then.
+    async fn try_rename(
+        &self,
+        caller: &Caller,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+    ) -> Result<Vec<Ino>> {
         let mut locks = Locks::new([(parent.object(), Mode::Exclusive), (new_parent.object(), Mode::Exclusive)]);
         loop {
             let mut work = self.begin(&mut locks).await?;
             work.load_dir(parent).await?;
             work.load_dir(new_parent).await?;
             let old = work.resolve(parent, name, Mode::Exclusive).await?;
-            let new = work.resolve(new_parent, new_name, Mode::Exclusive).await?;
+            let new = work.resolve_damaged(new_parent, new_name, Mode::Exclusive).await?;
             let (Some(old), Some(new)) = (old, new) else {
                 locks.need(work.needs);
                 continue;
@@ -86,22 +104,32 @@ impl<D: Disk> FileSystem<D> {
             let moved = old.winner().ok_or(FsError::NotFound)?.clone();
             let displaced = new.winner().cloned();
             let exchange = flags == RenameFlags::Exchange;
-            if displaced.is_some() && !exchange && !flags.replaces() {
+            if (displaced.is_some() || new.damage.is_some()) && !exchange && !flags.replaces() {
                 return Err(FsError::Exists);
+            }
+            // What is damaged can be replaced, but not moved.
+            if let Some(error) = new.damage.clone().filter(|_| exchange) {
+                return Err(error);
             }
             if displaced.is_none() && exchange {
                 return Err(FsError::NotFound);
             }
             if displaced.as_ref().is_some_and(|d| d.ino == moved.ino) {
-                return Ok(()); // Rule 6: two names of one inode.
+                return Ok(Vec::new()); // Rule 6: two names of one inode.
             }
             let moves_directory = work.inode(moved.ino)?.is_directory();
+            if moves_directory && new.damage.is_some() {
+                return Err(FsError::NotDirectory);
+            }
             if moves_directory && parent != new_parent && !self.may_move(&mut work, &mut locks, moved.ino, new_parent).await? {
                 continue;
             }
             let mut displaces_directory = false;
             if let Some(target) = &displaced {
                 displaces_directory = work.inode(target.ino)?.is_directory();
+                if let Some(error) = new.damage.clone().filter(|_| displaces_directory) {
+                    return Err(error);
+                }
                 match (moves_directory, displaces_directory) {
                     (_, true) if exchange => {
                         if parent != new_parent && !self.may_move(&mut work, &mut locks, target.ino, parent).await? {
@@ -141,10 +169,8 @@ impl<D: Disk> FileSystem<D> {
                 self.remember_name(ino, block);
             }
             drop((held, adopted));
-            if self.lingers_too_much() {
-                self.let_go(false).await;
-            }
-            return self.reclaim_all(done.orphans).await;
+            new.tell_damage();
+            return Ok(done.orphans);
         }
     }
 
@@ -322,7 +348,7 @@ impl<D: Disk> Work<'_, D> {
         // Rules 6 and 8: the old entry goes; the displaced one goes and the new one loses its flag, in one write.
         buckets.old.remove(&old.name, &[moved.seq, second]);
         buckets.old.flag(&old.name, hidden, false);
-        let displaced: Vec<u64> = new.valid.iter().map(|entry| entry.seq).collect();
+        let displaced: Vec<u64> = new.valid.iter().chain(&new.damaged).map(|entry| entry.seq).collect();
         buckets.target().remove(&new.name, &displaced);
         buckets.target().flag(&new.name, seq, false);
         let (old_clean, new_clean) = self.put_both(old, new, &buckets, seq, &[After::Write(commit)]).await?;

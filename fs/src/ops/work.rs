@@ -5,7 +5,7 @@ use super::{FileSystem, load};
 use crate::directory::{self, Bucket, Entry};
 use crate::error::{FsError, Result};
 use crate::format::Time;
-use crate::inode::{Ino, Inode, Parent};
+use crate::inode::{FileKind, Ino, Inode, Parent};
 use crate::parents;
 use crate::transaction::Transaction;
 use sld::{After, Disk, Mode, ObjectId, Want, WriteId};
@@ -74,6 +74,20 @@ pub(crate) struct Resolved {
     /// Highest first: the first one is what the name means.
     pub(crate) valid: Vec<Entry>,
     pub(crate) invalid: Vec<Entry>,
+    /// Candidates that cannot be judged, since their inodes are damaged. Never directories.
+    pub(crate) damaged: Vec<Entry>,
+    /// What is wrong with them.
+    pub(crate) damage: Option<FsError>,
+}
+
+/// Candidates of a name, judged.
+#[derive(Default)]
+struct Judged {
+    /// Highest sequence number first.
+    valid: Vec<Entry>,
+    invalid: Vec<Entry>,
+    damaged: Vec<Entry>,
+    damage: Option<FsError>,
 }
 
 impl Resolved {
@@ -84,6 +98,13 @@ impl Resolved {
     /// The inodes that the candidates were judged by (rules 8a and 10: what is done about them goes after them).
     pub(crate) fn judged(&self) -> impl Iterator<Item = After> {
         self.valid.iter().chain(&self.invalid).map(|entry| After::Block(entry.ino.block()))
+    }
+
+    /// The name is gone, and with it damaged candidates: what these own is not known, and so not freed.
+    pub(crate) fn tell_damage(&self) {
+        for entry in &self.damaged {
+            tracing::error!(ino = %entry.ino, "the name of a damaged inode is removed; its blocks are not freed: run fsck");
+        }
     }
 
     /// Rule 7: drops the losing candidates from the bucket.
@@ -182,6 +203,15 @@ impl<'a, D: Disk> Work<'a, D> {
         candidates: &[Entry],
         mode: Mode,
     ) -> Result<Option<(Vec<Entry>, Vec<Entry>)>> {
+        let Some(judged) = self.judge_all(dir, hash, candidates, mode).await? else { return Ok(None) };
+        match judged.damage {
+            Some(error) => Err(error),
+            None => Ok(Some((judged.valid, judged.invalid))),
+        }
+    }
+
+    /// Judges candidates, those with damaged inodes apart (unless they are directories: what is in one must not get lost).
+    async fn judge_all(&mut self, dir: Ino, hash: u64, candidates: &[Entry], mode: Mode) -> Result<Option<Judged>> {
         let mut complete = true;
         for entry in candidates {
             complete &= self.want(entry.ino.object(), mode);
@@ -189,39 +219,57 @@ impl<'a, D: Disk> Work<'a, D> {
         if !complete {
             return Ok(None);
         }
-        let (mut valid, mut invalid) = (Vec::new(), Vec::new());
+        let mut judged = Judged::default();
         for entry in candidates {
-            match self.load(entry.ino).await {
-                Ok(_) => {}
-                Err(FsError::Stale) => {
-                    invalid.push(entry.clone());
-                    continue;
+            match self.is_alive(dir, hash, entry).await {
+                Ok(true) => judged.valid.push(entry.clone()),
+                Ok(false) => judged.invalid.push(entry.clone()),
+                Err(error) if error.is_damage() && entry.kind != FileKind::Directory => {
+                    judged.damaged.push(entry.clone());
+                    judged.damage.get_or_insert(error);
                 }
                 Err(error) => return Err(error),
             }
-            let alive = match self.inodes.get(&entry.ino) {
-                Some(inode) if inode.generation == entry.generation => {
-                    parents::contains(self.tx.source(), inode, entry.record(dir, hash)).await?
-                }
-                _ => false,
-            };
-            if alive { valid.push(entry.clone()) } else { invalid.push(entry.clone()) }
         }
-        valid.sort_by_key(|entry| std::cmp::Reverse(entry.seq));
-        Ok(Some((valid, invalid)))
+        judged.valid.sort_by_key(|entry| std::cmp::Reverse(entry.seq));
+        Ok(Some(judged))
+    }
+
+    /// Whether an entry's inode, whose token is held, has the record that goes with it.
+    async fn is_alive(&mut self, dir: Ino, hash: u64, entry: &Entry) -> Result<bool> {
+        match self.load(entry.ino).await {
+            Ok(_) => {}
+            Err(FsError::Stale) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        match self.inodes.get(&entry.ino) {
+            Some(inode) if inode.generation == entry.generation => {
+                parents::contains(self.tx.source(), inode, entry.record(dir, hash)).await
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Finds a name in a loaded directory and judges its candidates (rule 2). `None` if tokens are missing.
     pub(crate) async fn resolve(&mut self, dir: Ino, name: &[u8], mode: Mode) -> Result<Option<Resolved>> {
+        match self.resolve_damaged(dir, name, mode).await? {
+            Some(Resolved { damage: Some(error), .. }) => Err(error),
+            resolved => Ok(resolved),
+        }
+    }
+
+    /// As `resolve`, for a name that is to go, whatever it leads to: damaged candidates are no error.
+    pub(crate) async fn resolve_damaged(&mut self, dir: Ino, name: &[u8], mode: Mode) -> Result<Option<Resolved>> {
         let hash = self.fs.hash.of(name);
         let inode = self.inodes.get(&dir).ok_or(FsError::Stale)?;
         let (bucket, leaf) = directory::bucket(self.tx.source(), inode, hash).await?;
         let counter = directory::counter(inode, &leaf)?;
         let candidates: Vec<Entry> = bucket.of(name).cloned().collect();
-        let Some((valid, invalid)) = self.judge(dir, hash, &candidates, mode).await? else {
+        let Some(judged) = self.judge_all(dir, hash, &candidates, mode).await? else {
             return Ok(None);
         };
-        Ok(Some(Resolved { dir, name: name.to_vec(), hash, bucket, counter, valid, invalid }))
+        let Judged { valid, invalid, damaged, damage } = judged;
+        Ok(Some(Resolved { dir, name: name.to_vec(), hash, bucket, counter, valid, invalid, damaged, damage }))
     }
 
     /// The parent record that makes a loaded directory's name; `None` if tokens are missing. There is one record, unless a
@@ -266,9 +314,10 @@ impl<'a, D: Disk> Work<'a, D> {
                 if !name.flagged() {
                     return Ok(Some(false));
                 }
-                match self.judge(dir, name.hash, &name.candidates, Mode::Shared).await? {
+                match self.judge_all(dir, name.hash, &name.candidates, Mode::Shared).await? {
                     None => return Ok(None),
-                    Some((valid, _)) if !valid.is_empty() => return Ok(Some(false)),
+                    // A damaged one may be there. It can be removed.
+                    Some(judged) if !judged.valid.is_empty() || !judged.damaged.is_empty() => return Ok(Some(false)),
                     Some(_) => {}
                 }
             }

@@ -205,7 +205,7 @@ impl<D: Disk> FileSystem<D> {
         if value.len() > VALUE_MAX {
             return Err(FsError::TooBig);
         }
-        self.change_xattrs(ino, |inode, attributes| {
+        let change = |inode: &mut Inode, attributes: &mut Attributes| {
             match (mode, attributes.contains_key(name)) {
                 (SetMode::Create | SetMode::Both, true) => return Err(FsError::Exists),
                 (SetMode::Replace | SetMode::Both, false) => return Err(FsError::NoData),
@@ -221,8 +221,8 @@ impl<D: Disk> FileSystem<D> {
             }
             attributes.insert(name.to_vec(), Bytes::copy_from_slice(value));
             Ok(())
-        })
-        .await
+        };
+        self.again(|| self.change_xattrs(ino, change)).await
     }
 
     /// Removes an attribute.
@@ -240,7 +240,7 @@ impl<D: Disk> FileSystem<D> {
     pub async fn remove_xattr_if(&self, ino: Ino, name: &[u8], permit: PermitList<'_>) -> Result<()> {
         check_name(name)?;
         let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
-        self.change_xattrs(ino, |inode, attributes| {
+        let change = |inode: &mut Inode, attributes: &mut Attributes| {
             if is_acl {
                 permit(&inode.attributes())?;
             }
@@ -249,8 +249,8 @@ impl<D: Disk> FileSystem<D> {
                 None if !is_acl => Err(FsError::NoData),
                 _ => Ok(()),
             }
-        })
-        .await
+        };
+        self.again(|| self.change_xattrs(ino, change)).await
     }
 
     async fn change_xattrs(&self, ino: Ino, change: impl FnOnce(&mut Inode, &mut Attributes) -> Result<()>) -> Result<()> {
