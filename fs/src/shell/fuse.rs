@@ -130,9 +130,20 @@ impl<D: Disk> Front<D> {
         flags
     }
 
-    /// EIO, once, if written-behind data of the file was lost. (`fsync` reports it by itself.)
-    fn report_loss(&self, ino: Ino) -> Result<(), FsError> {
-        if self.fs.disk().take_loss(ino.object()) { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
+    /// EIO, once for each handle, if written-behind data of the file was lost.
+    fn report_loss(&self, ino: Ino, handle: FileHandle) -> Result<(), FsError> {
+        // What the disk still remembers was lost when nobody had it open.
+        let is_lost = handles::is_direct(handle) && (self.handles.report_loss(handle) | self.fs.disk().take_loss(ino.object()));
+        if is_lost { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
+    }
+
+    /// Makes a file durable. Reports what was lost before, too.
+    async fn sync(&self, ino: Ino, handle: FileHandle, data_only: bool) -> Result<(), FsError> {
+        let synced = self.fs.fsync(ino, data_only).await;
+        if matches!(synced, Ok(()) | Err(FsError::Disk(sld::DiskError::Lost))) && self.handles.report_loss(handle) {
+            return Err(FsError::Disk(sld::DiskError::Lost));
+        }
+        synced
     }
 }
 
@@ -255,7 +266,15 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
-            let result = front.fs.lookup(front.identity.ino(parent), &name).await;
+            let dir = front.identity.ino(parent);
+            let result = front.fs.lookup(dir, &name).await;
+            if let Err(error) = &result
+                && error.is_damage()
+                && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
+            {
+                // Only so can it be removed or replaced. Nothing of it is believed: asking for attributes and opening fail.
+                return front.entry(start, parent, Ok(stand_in), None, reply);
+            }
             front.entry(start, parent, result, Some(caller.pid), reply);
         });
     }
@@ -424,7 +443,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             match result.await {
                 Ok(attributes) => {
-                    reply.opened(front.handles.open(direct, flags.0), front.open_flags(&attributes, direct));
+                    reply.opened(front.handles.open(ino.0, direct, flags.0), front.open_flags(&attributes, direct));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -450,7 +469,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
                         Generation(generation),
-                        front.handles.open(direct, flags),
+                        front.handles.open(node, direct, flags),
                         front.open_flags(&attributes, direct),
                     );
                 }
@@ -520,7 +539,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
-                if synchronous { front.fs.fsync(node, data_only).await } else { Ok(()) }
+                if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             match result.await {
                 Ok(()) => reply.written(length),
@@ -533,7 +552,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, to_the_end, |front, start, caller| {
             front.handles.flushed(handle, owner);
             front.close_locks(ino, owner).await;
-            empty(front.report_loss(front.identity.ino(ino)), reply);
+            empty(front.report_loss(front.identity.ino(ino), handle), reply);
         });
     }
 
@@ -548,7 +567,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         reply: ReplyEmpty,
     ) {
         operation!(self, request, to_the_end, |front, start, caller| {
-            for owner in front.handles.released(handle).chain(owner) {
+            for owner in front.handles.released(ino.0, handle).chain(owner) {
                 front.close_locks(ino, owner).await;
             }
             empty(front.fs.close(front.identity.ino(ino)).await, reply);
@@ -561,7 +580,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         }
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            empty(front.fs.fsync(node, data_only).await, reply);
+            empty(front.sync(node, handle, data_only).await, reply);
         });
     }
 
@@ -811,7 +830,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let node = front.identity.ino(ino);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
-                if handles::is_synchronous(handle) { front.fs.fsync(node, false).await } else { Ok(()) }
+                if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
             };
             empty(result.await, reply);
         });
@@ -859,7 +878,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;
                 if handles::is_synchronous(to_handle) {
-                    front.fs.fsync(target.0, false).await?;
+                    front.sync(target.0, to_handle, false).await?;
                 }
                 Ok::<u64, FsError>(copied)
             };

@@ -1,4 +1,4 @@
-//! What must be known of open files by their handles: which of them have lost locks, and through which locks were taken.
+//! What must be known of open files by their handles: which of them have lost locks or data, and through which locks were taken.
 //!
 //! **Lost locks.** When this node was cut off it has lost its locks. A process that goes on writing under a lock which another
 //! node may hold by now would damage what the lock protects. The kernel does not say under which lock a request is made, so
@@ -7,6 +7,10 @@
 //! **Locks of an open file** (`F_OFD_SETLK`) end with it, but the kernel does not say so: a RELEASE names an owner only for
 //! flock. It always says (FLUSH) that a process closes a file, which ends this process's record locks. So the owners that took
 //! locks through a handle and were not named by a FLUSH are given up when the handle is released.
+//!
+//! **Lost data.** What was written behind and is lost was acknowledged to programs that have the file open for writing. Each of
+//! them must learn of it, at its own `fsync` or `close`, and none of them twice; who opens the file later finds it as it is.
+//! Reading handles take no part in it. (If nobody has it open for writing the disk remembers the loss, for the next to ask.)
 //!
 //! Invariants:
 //! - A handle opened after a loss is as good as any.
@@ -43,16 +47,43 @@ pub(crate) struct Handles {
     newest: AtomicU64,
     /// By the kernel's inode number: the last handle opened before its locks were lost. Only of inodes that the kernel has.
     losses: Mutex<HashMap<u64, u64>>,
+    writers: Mutex<Writers>,
     /// Owners of locks taken through a handle.
     owners: Mutex<HashMap<u64, BTreeSet<u64>>>,
 }
 
+/// Handles that may write.
+#[derive(Debug, Default)]
+struct Writers {
+    /// By the kernel's inode number.
+    open: HashMap<u64, BTreeSet<u64>>,
+    /// Those that are still to be told of a loss.
+    owed: BTreeSet<u64>,
+}
+
 impl Handles {
-    /// A handle for a file that is opened now, with these flags.
-    pub(crate) fn open(&self, direct: bool, flags: i32) -> FileHandle {
+    /// A handle for a file that is opened now, with these flags. `direct`: for writing.
+    pub(crate) fn open(&self, ino: u64, direct: bool, flags: i32) -> FileHandle {
         let number = self.opened.fetch_add(1, Ordering::SeqCst) + 1;
         let synchronous = if flags & nix::libc::O_DSYNC != 0 { SYNCHRONOUS } else { 0 };
-        FileHandle(number << BITS | synchronous | if direct { DIRECT } else { 0 })
+        let handle = FileHandle(number << BITS | synchronous | if direct { DIRECT } else { 0 });
+        if direct {
+            self.writers.lock().open.entry(ino).or_default().insert(handle.0);
+        }
+        handle
+    }
+
+    /// Written-behind data of an inode is lost. Whether somebody has it open for writing (and will be told).
+    pub(crate) fn lose_data(&self, ino: u64) -> bool {
+        let writers = &mut *self.writers.lock();
+        let Some(open) = writers.open.get(&ino) else { return false };
+        writers.owed.extend(open);
+        true
+    }
+
+    /// Whether a handle is to be told of a loss. It has been now.
+    pub(crate) fn report_loss(&self, handle: FileHandle) -> bool {
+        is_direct(handle) && self.writers.lock().owed.remove(&handle.0)
     }
 
     /// The locks on these inodes are gone.
@@ -90,7 +121,17 @@ impl Handles {
     }
 
     /// The handle is released. Returns the owners whose locks end with it.
-    pub(crate) fn released(&self, handle: FileHandle) -> impl Iterator<Item = LockOwner> + use<> {
+    pub(crate) fn released(&self, ino: u64, handle: FileHandle) -> impl Iterator<Item = LockOwner> + use<> {
+        if is_direct(handle) {
+            let writers = &mut *self.writers.lock();
+            writers.owed.remove(&handle.0);
+            if let Some(open) = writers.open.get_mut(&ino) {
+                open.remove(&handle.0);
+                if open.is_empty() {
+                    writers.open.remove(&ino);
+                }
+            }
+        }
         self.owners.lock().remove(&handle.0).unwrap_or_default().into_iter().map(LockOwner)
     }
 }
@@ -102,11 +143,11 @@ mod tests {
     #[test]
     fn handles_opened_before_a_loss_are_concerned_and_later_ones_are_not() {
         let handles = Handles::default();
-        let (before, other) = (handles.open(true, 0), handles.open(false, nix::libc::O_SYNC));
+        let (before, other) = (handles.open(7, true, 0), handles.open(7, false, nix::libc::O_SYNC));
         assert!(is_direct(before) && !is_direct(other) && !is_synchronous(before) && is_synchronous(other));
         assert!(!handles.has_lost_locks(7, before));
         handles.lose_locks([7].into_iter());
-        let after = handles.open(true, 0);
+        let after = handles.open(7, true, 0);
         assert!(handles.has_lost_locks(7, before) && handles.has_lost_locks(7, other));
         assert!(!handles.has_lost_locks(8, before) && !handles.has_lost_locks(7, after));
         handles.lose_locks([7, 8].into_iter());
@@ -116,14 +157,31 @@ mod tests {
     }
 
     #[test]
+    fn each_writer_that_had_the_file_open_is_told_of_a_loss_once() {
+        let handles = Handles::default();
+        let (one, two, reader, other) =
+            (handles.open(7, true, 0), handles.open(7, true, 0), handles.open(7, false, 0), handles.open(8, true, 0));
+        assert!(handles.lose_data(7) && handles.lose_data(7));
+        let later = handles.open(7, true, 0);
+        let told = |handle| handles.report_loss(handle);
+        assert_eq!([reader, one, one, later, other, two, two].map(told), [false, true, false, false, false, true, false]);
+        assert!(handles.lose_data(7));
+        drop(handles.released(7, one));
+        assert_eq!([one, two, later].map(told), [false, true, true]);
+        [two, later, reader].into_iter().for_each(|handle| drop(handles.released(7, handle)));
+        assert!(!handles.lose_data(7), "nobody has it open for writing: the disk remembers");
+        assert!(handles.writers.lock().open.len() == 1 && handles.writers.lock().owed.is_empty());
+    }
+
+    #[test]
     fn owners_that_no_flush_named_end_with_the_handle() {
         let handles = Handles::default();
-        let (one, two) = (handles.open(true, 0), handles.open(true, 0));
+        let (one, two) = (handles.open(7, true, 0), handles.open(7, true, 0));
         for (handle, owner) in [(one, 10), (one, 20), (two, 10), (two, 30)] {
             handles.locked(handle, LockOwner(owner));
         }
         handles.flushed(one, LockOwner(10));
-        let gone = |handle| handles.released(handle).map(|owner| owner.0).collect::<Vec<_>>();
+        let gone = |handle| handles.released(7, handle).map(|owner| owner.0).collect::<Vec<_>>();
         assert_eq!(gone(one), [20], "10 has closed it, and may have locked through another handle since");
         assert_eq!(gone(one), []);
         assert_eq!(gone(two), [10, 30]);

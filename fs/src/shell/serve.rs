@@ -75,6 +75,7 @@ impl<D: Disk> Server<D> {
         let mounts = Arc::new(Mounts::default());
         fs.disk().set_upcalls(mounts.clone());
         fs.keep_replaced();
+        fs.free_in_background();
         Server { fs, mounts }
     }
 
@@ -137,6 +138,7 @@ impl<D: Disk> Server<D> {
         self.mounts.peers.lock().push(Arc::downgrade(&peer));
         drop(peer);
 
+        runtime.spawn(free(self.fs.clone(), stopped.clone()));
         runtime.spawn(tend(Arc::downgrade(&self.fs), Arc::downgrade(&self.mounts), stopped));
 
         let mut config = Config::default();
@@ -179,11 +181,25 @@ async fn tend<D: Disk>(fs: Weak<FileSystem<D>>, mounts: Weak<Mounts>, mut stop: 
         let Some(fs) = fs.upgrade() else { return };
         fs.let_go(stopped).await;
         if stopped {
+            // What is not freed by the time that the disk stops is left to the collector.
+            fs.free_removed().await;
             return;
         }
         let changed = fs.set_access_times().await;
         if let Some(mounts) = mounts.upgrade() {
             changed.into_iter().for_each(|ino| mounts.each(|peer| peer.changed(ino.0)));
+        }
+    }
+}
+
+/// Frees large files that were removed, while nobody waits for it.
+async fn free<D: Disk>(fs: Arc<FileSystem<D>>, mut stop: watch::Receiver<bool>) {
+    loop {
+        fs.free_removed().await;
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stopped| *stopped) => return,
+            () = fs.removed() => {}
         }
     }
 }
@@ -288,6 +304,8 @@ trait Peer: Send + Sync {
     fn revoked(&self, ino: u64, keep: Option<Mode>) -> Duration;
     /// This node changed attributes of an inode by itself.
     fn changed(&self, ino: u64);
+    /// Written-behind data of an inode is lost.
+    fn lost(&self, ino: u64);
     /// All tokens were lost, and the lease before them.
     fn reset(&self);
     /// Things may change from now on without any token moving. Returns after what time nothing is believed any more.
@@ -321,6 +339,13 @@ impl<D: Disk> Peer for Front<D> {
         }
         if forgotten.pages {
             self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
+        }
+    }
+
+    fn lost(&self, ino: u64) {
+        if self.handles.lose_data(self.identity.node(crate::Ino(ino))) {
+            // Who has it open for writing will be told, each once. Else the disk remembers it, for who opens it next.
+            self.fs.disk().take_loss(ObjectId::Inode(ino));
         }
     }
 
@@ -414,8 +439,10 @@ impl Upcalls for Mounts {
             ObjectId::Inode(ino) => Some(Ino(*ino)),
             _ => None,
         });
+        let files: Vec<Ino> = files.collect();
+        self.each(|peer| files.iter().for_each(|ino| peer.lost(ino.0)));
         if let Some(tell) = self.losses.get() {
-            tell(files.collect());
+            tell(files);
         }
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct State {
     /// What the next lease is for.
     pub(super) lease_for: crate::allocator::Use,
     losses: Losses,
+    /// Flushes that have failed, whose waiters go on when the upcall was made.
+    broken: Vec<oneshot::Sender<()>>,
     pub(super) usage: Option<(cluster::Instant, Usage)>,
 }
 
@@ -74,6 +76,7 @@ impl DiskShared {
                 leases: BTreeMap::new(),
                 lease_for: crate::allocator::Use::Data,
                 losses: Losses::default(),
+                broken: Vec::new(),
                 usage: None,
             }),
             upcalls: OnceLock::new(),
@@ -155,11 +158,11 @@ impl DiskShared {
                 let (lost, settled) = state.wb.failed(ticket);
                 let objects: BTreeSet<ObjectId> = lost.iter().map(|(_, o)| *o).collect();
                 state.losses.add(lost);
-                for f in settled.flushed {
-                    state.flushes.remove(&f);
-                }
+                let waiting: Vec<_> = settled.flushed.iter().filter_map(|f| state.flushes.remove(f)).collect();
                 drop(state);
+                // Before those go on who wait for a flush, so that they are not told of it a second time.
                 self.tell_lost(&objects.into_iter().collect::<Vec<_>>());
+                drop(waiting);
                 self.room.notify_waiters();
             }
         }
@@ -336,7 +339,8 @@ impl DiskShared {
         let (lost, _) = state.wb.reset();
         state.cache.clear();
         state.allocator.reset();
-        state.flushes.clear();
+        let waiting = std::mem::take(&mut state.flushes).into_values();
+        state.broken.extend(waiting);
         state.leases.clear();
         let objects: BTreeSet<ObjectId> = lost.iter().map(|(_, o)| *o).collect();
         state.losses.add(lost);
@@ -352,6 +356,9 @@ impl DiskShared {
             upcalls.reset();
         }
         self.tell_lost(lost);
+        // Only now do those go on who wait for a flush, so that they are not told of it a second time.
+        let broken = std::mem::take(&mut self.state.lock().broken);
+        drop(broken);
     }
 
     fn tell_lost(&self, objects: &[ObjectId]) {
@@ -363,6 +370,7 @@ impl DiskShared {
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.flushes.clear();
+        state.broken.clear();
         state.leases.clear();
         state.cache.clear();
         drop(state);
