@@ -42,6 +42,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Requests that the kernel may have under way on its own account (read-ahead, write-back of mappings, asynchronous I/O).
 const BACKGROUND_MAX: u16 = 128;
@@ -289,6 +290,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        let came = Instant::now();
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
@@ -300,8 +302,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 return reply.error(Errno::EIO);
             }
             let told = Front::<D>::told(&attributes);
-            if let Some(told) = told.filter(|told| front.known.conflicts(ino.0, *told)) {
-                // The data changed, but by its time and size the kernel would not see that. No page lock is held by a
+            let unseen =
+                |told: &Told| front.known.conflicts(ino.0, *told) || front.known.doubtful(ino.0, caller.pid, *told, came);
+            if let Some(told) = told.filter(unseen) {
+                // The data changed, but the kernel would not, or might not, see that by this answer. No page lock is held by a
                 // GETATTR, and no token by this operation any more: waiting here harms nobody.
                 front.notify.purge(ino.0).await;
                 front.known.purged(ino.0, told);
@@ -344,6 +348,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
+            let _changing = change.size.map(|_| front.known.change(ino.0, caller.pid, true));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
@@ -536,9 +541,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
+            let _changing = front.known.change(ino.0, caller.pid, false);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
-                front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
+                let begun = front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
+                front.known.written(ino.0, begun + u64::from(length));
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             match result.await {
@@ -828,6 +835,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
+            let _changing = front.known.change(ino.0, caller.pid, true);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
@@ -874,6 +882,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
+            let _changing = front.known.change(to.0, caller.pid, true);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;

@@ -20,6 +20,10 @@
 //! was true when the `read()` began, so an invalidation must never overtake the first answer since the inode was revoked. Hence
 //! *settling*: that answer is given no lifetime, so that a further revocation has nothing to take back and sends nothing. When
 //! the same thread comes again it has taken its answer in, and from then on losing one harms nobody.
+//!
+//! The kernel also drops an answer that another thread's answer about the same inode has overtaken, and any while a thread changes
+//! the file's size. Then a `read()` would go on with old pages. Who else is about is therefore noted (`Crowd`), and when a
+//! GETATTR's answer may be lost the pages are purged before it (`doubtful`).
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -47,6 +51,8 @@ const SHARED_DIRECTORY_MAX: Duration = Duration::from_secs(60);
 const ASKS_AGAIN: Duration = Duration::from_secs(2);
 /// Until requests that are under way may have been answered.
 const BUSY: Duration = Duration::from_millis(3);
+/// Who was answered has most probably taken the answer in after this time.
+const TAKEN_IN: Duration = Duration::from_millis(30);
 /// Threads remembered per inode that were answered and have not come again.
 const ANSWERED_MAX: usize = 4;
 
@@ -66,7 +72,7 @@ pub(crate) struct Told {
 }
 
 /// When something happened, in units of 10 ms since the table was made; 0: never.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Stamp(u32);
 
 /// The unit of `Stamp`.
@@ -102,6 +108,57 @@ struct Rest {
     earlier: Vec<Told>,
     /// Threads that were answered since the last revocation.
     answered: Vec<u32>,
+    crowd: Option<Box<Crowd>>,
+}
+
+/// Who else is about an inode of which the kernel has pages, or that is being changed.
+#[derive(Debug, Default)]
+struct Crowd {
+    /// Requests under way that change its data.
+    changing: u16,
+    /// Those of them while which the kernel takes in no sizes and times.
+    resizing: u16,
+    /// The last threads that were answered.
+    answered: [(u32, Stamp); 2],
+    /// The size that the kernel has, as far as it is known.
+    size: u64,
+}
+
+impl Crowd {
+    fn answer(&mut self, thread: u32, now: Stamp) {
+        let [first, second] = &mut self.answered;
+        let oldest = if first.0 == thread || second.0 != thread && first.1 <= second.1 { first } else { second };
+        *oldest = (thread, now);
+    }
+}
+
+/// A change of a file's data that is under way.
+#[derive(Debug)]
+pub(crate) struct Changing<'a> {
+    known: &'a Known,
+    ino: u64,
+    thread: u32,
+    resizes: bool,
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        let now = self.known.stamp();
+        let mut shard = self.known.shard(self.ino).lock();
+        let Some(inode) = shard.get_mut(&self.ino) else { return };
+        let has_pages = inode.has_pages;
+        let Some(rest) = &mut inode.rest else { return };
+        let Some(crowd) = &mut rest.crowd else { return };
+        crowd.changing = crowd.changing.saturating_sub(1);
+        crowd.resizing = crowd.resizing.saturating_sub(u16::from(self.resizes));
+        crowd.answer(self.thread, now);
+        if !has_pages && crowd.changing == 0 {
+            rest.crowd = None;
+            if rest.names.is_none() && rest.earlier.is_empty() && rest.answered.is_empty() {
+                inode.rest = None;
+            }
+        }
+    }
 }
 
 /// Names told in a directory.
@@ -138,6 +195,10 @@ impl Inode {
     fn told(&self) -> impl Iterator<Item = &Told> {
         let earlier = self.rest.iter().flat_map(|rest| &rest.earlier);
         self.has_told.then_some(&self.last).into_iter().chain(earlier)
+    }
+
+    fn crowd(&mut self) -> &mut Crowd {
+        self.rest().crowd.get_or_insert_default()
     }
 
     fn answered(&self) -> &[u32] {
@@ -332,6 +393,12 @@ impl Known {
         if !looked_up {
             inode.asked_at = self.stamp();
         }
+        if let Some(told) = told.filter(|_| inode.has_pages) {
+            let now = self.stamp();
+            let crowd = inode.crowd();
+            crowd.answer(thread, now);
+            crowd.size = told.size;
+        }
         let conflicts = told.is_some_and(|told| inode.conflicts(told));
         let mut lifetime = Duration::ZERO;
         if !conflicts {
@@ -356,6 +423,39 @@ impl Known {
     /// Whether the kernel would keep pages of older data if it were told this: they must be purged first.
     pub(crate) fn conflicts(&self, ino: u64, told: Told) -> bool {
         self.shard(ino).lock().get(&ino).is_some_and(|inode| inode.conflicts(told))
+    }
+
+    /// A thread changes a file's data from now on. While it sets its size (`resizes`) the kernel takes in no other.
+    pub(crate) fn change(&self, ino: u64, thread: u32, resizes: bool) -> Changing<'_> {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            let crowd = inode.crowd();
+            crowd.changing = crowd.changing.saturating_add(1);
+            crowd.resizing = crowd.resizing.saturating_add(u16::from(resizes));
+        }
+        Changing { known: self, ino, thread, resizes }
+    }
+
+    /// A file was written up to here, so that the kernel will take it to be at least that long.
+    pub(crate) fn written(&self, ino: u64, end: u64) {
+        let mut shard = self.shard(ino).lock();
+        if let Some(crowd) = shard.get_mut(&ino).and_then(|inode| inode.rest.as_mut()?.crowd.as_mut()) {
+            crowd.size = crowd.size.max(end);
+        }
+    }
+
+    /// Whether the pages of an inode are old, and what a GETATTR that came at `came` is told of it may be lost, so that a `read()`
+    /// would not notice: then they must be purged first. If the size has changed that would do more harm than good, since
+    /// the answer is then lost for sure; but while a size is being set it is so in any case.
+    pub(crate) fn doubtful(&self, ino: u64, thread: u32, told: Told, came: Instant) -> bool {
+        let mut shard = self.shard(ino).lock();
+        let Some(inode) = shard.get_mut(&ino).filter(|inode| inode.has_pages && inode.pages != told.version) else {
+            return false;
+        };
+        let Some(crowd) = inode.rest.as_ref().and_then(|rest| rest.crowd.as_ref()) else { return false };
+        let since = came.elapsed() + TAKEN_IN;
+        let other = |(who, at): &(u32, Stamp)| *who != thread && self.elapsed(*at).is_some_and(|time| time < since);
+        let others = crowd.changing > 0 || crowd.answered.iter().any(other);
+        others && (crowd.resizing > 0 || crowd.size == told.size)
     }
 
     /// The pages of an inode were purged, at a time at which its data was at least at this version.
@@ -569,6 +669,43 @@ mod tests {
         assert!(known.revoke(7).attributes);
         assert!(!known.tell_list(start, 1, 7), "it may be an older one");
         assert!(!known.revoke(7).attributes, "nothing was told since");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_are_purged_where_an_answer_may_be_lost() {
+        let known = Known::new();
+        let newer = Told { mtime: 6, version: 2, ..M };
+        let (came, doubtful) = (Instant::now(), |told| known.doubtful(7, 1, told, Instant::now()));
+        known.tell(known.begin(), 1, 7, 1, Some(M), true, TTL);
+        known.tell_pages(7, 1, 1);
+        known.tell(known.begin(), 1, 7, 1, Some(M), false, TTL);
+        assert!(!doubtful(newer), "nobody else is about");
+        // Another thread's answer may be taken in first.
+        known.tell(known.begin(), 2, 7, 1, Some(M), false, TTL);
+        assert!(doubtful(newer) && !doubtful(M), "but what is as old as the pages needs no purge");
+        tokio::time::advance(TAKEN_IN * 2).await;
+        assert!(!doubtful(newer), "it has been by now");
+        assert!(known.doubtful(7, 1, newer, came), "not if this request came before that");
+        // A size that has changed would be lost with the purge.
+        let longer = Told { size: 11, ..newer };
+        let write = known.change(7, 2, false);
+        assert!(doubtful(newer) && !doubtful(longer));
+        known.written(7, 11);
+        assert!(doubtful(longer), "it was changed here");
+        // While a size is being set, none is taken in.
+        let truncation = known.change(7, 3, true);
+        assert!(doubtful(newer) && doubtful(longer));
+        drop((write, truncation));
+        tokio::time::advance(TAKEN_IN * 2).await;
+        assert!(!doubtful(newer) && !doubtful(longer));
+    }
+
+    #[test]
+    fn what_is_changed_without_pages_leaves_nothing_behind() {
+        let known = Known::new();
+        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
+        drop(known.change(7, 2, true));
+        assert!(known.shard(7).lock().get(&7).is_some_and(|inode| inode.rest.is_none()));
     }
 
     #[test]
