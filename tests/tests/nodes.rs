@@ -307,3 +307,47 @@ fn a_working_directory_is_not_lost_while_others_change_it() {
     std::env::set_current_dir("/").expect("a working directory");
     assert_eq!(lost, 0, "times that the working directory was not found");
 }
+
+/// A counter that n2 keeps in a file's first bytes, read on n1 through the page cache, while another handle there changes the
+/// file in some way. What a read finds is never less than what was written before it began.
+fn count_beside(cluster: &RealCluster, name: &str, change: impl Fn(&File, u64) + Send) {
+    use std::os::unix::fs::FileExt;
+    use std::sync::atomic::AtomicU64;
+    let (here, there) = (cluster.mount(1).join(name), cluster.mount(2).join(name));
+    std::fs::write(&here, [0; 8192]).expect("a file");
+    let (written, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let file = File::options().write(true).open(&there).expect("it is there");
+            for count in 1.. {
+                file.write_all_at(&u64::to_le_bytes(count), 0).expect("the counter is written");
+                written.store(count, Ordering::SeqCst);
+                if done.load(Ordering::SeqCst) {
+                    break;
+                }
+            }
+        });
+        scope.spawn(|| {
+            let file = File::options().read(true).append(true).open(&here).expect("it is there");
+            (0..).take_while(|_| !done.load(Ordering::SeqCst)).for_each(|n| change(&file, n));
+        });
+        let file = File::open(&here).expect("it is there");
+        let mut bytes = [0; 8];
+        let mut old = 0;
+        for _ in 0..1000 {
+            let before = written.load(Ordering::SeqCst);
+            file.read_exact_at(&mut bytes, 0).expect("it can be read");
+            old += u32::from(u64::from_le_bytes(bytes) < before);
+        }
+        done.store(true, Ordering::SeqCst);
+        assert_eq!(old, 0, "{name}: reads that found an older count");
+    });
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_counter_is_read_right_beside_other_processes() {
+    let cluster = RealCluster::up(&Options::default());
+    count_beside(&cluster, "truncated", |file, n| file.set_len(8192 + n % 5000).expect("it can be cut"));
+    count_beside(&cluster, "appended", |mut file, _| std::io::Write::write_all(&mut file, b"more").expect("it can grow"));
+}
