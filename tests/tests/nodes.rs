@@ -310,7 +310,7 @@ fn a_working_directory_is_not_lost_while_others_change_it() {
 
 /// A counter that n2 keeps in a file's first bytes, read on n1 through the page cache, while another handle there changes the
 /// file in some way. What a read finds is never less than what was written before it began.
-fn count_beside(cluster: &RealCluster, name: &str, change: impl Fn(&File, u64) + Send) {
+fn count_beside(cluster: &RealCluster, name: &str, change: impl Fn(&File, u64) + Sync) {
     use std::os::unix::fs::FileExt;
     use std::sync::atomic::AtomicU64;
     let (here, there) = (cluster.mount(1).join(name), cluster.mount(2).join(name));

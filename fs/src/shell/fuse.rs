@@ -348,11 +348,12 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
-            let _changing = change.size.map(|_| front.known.change(ino.0, caller.pid, true));
+            let changing = change.size.map(|_| front.known.change(ino.0, caller.pid, true));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
             let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
+            drop(changing);
             front.changed(start, result, reply);
         });
     }
@@ -541,14 +542,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let _changing = front.known.change(ino.0, caller.pid, false);
+            let changing = front.known.change(ino.0, caller.pid, false);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
-                let begun = front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
-                front.known.written(ino.0, begun + u64::from(length));
+                front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
+                if !matches!(at, At::Within(_)) {
+                    // The kernel takes an append to be where it took the end to be.
+                    front.known.written(ino.0, offset.saturating_add(u64::from(length)));
+                }
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
-            match result.await {
+            let result = result.await;
+            // Before its caller can go on and ask: that it did change something is remembered for a while.
+            drop(changing);
+            match result {
                 Ok(()) => reply.written(length),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -835,12 +842,14 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
-            let _changing = front.known.change(ino.0, caller.pid, true);
+            let changing = front.known.change(ino.0, caller.pid, !keep_size);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
             };
-            empty(result.await, reply);
+            let result = result.await;
+            drop(changing);
+            empty(result, reply);
         });
     }
 
@@ -882,7 +891,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            let _changing = front.known.change(to.0, caller.pid, true);
+            let changing = front.known.change(to.0, caller.pid, true);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;
@@ -891,7 +900,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 }
                 Ok::<u64, FsError>(copied)
             };
-            match result.await {
+            let result = result.await;
+            drop(changing);
+            match result {
                 Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),
             }

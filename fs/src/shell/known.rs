@@ -120,8 +120,10 @@ struct Crowd {
     resizing: u16,
     /// The last threads that were answered.
     answered: [(u32, Stamp); 2],
-    /// The size that the kernel has, as far as it is known.
-    size: u64,
+    /// The size that the kernel has is not less than this.
+    size_min: u64,
+    /// And not more than this.
+    size_max: u64,
 }
 
 impl Crowd {
@@ -129,6 +131,15 @@ impl Crowd {
         let [first, second] = &mut self.answered;
         let oldest = if first.0 == thread || second.0 != thread && first.1 <= second.1 { first } else { second };
         *oldest = (thread, now);
+    }
+
+    /// A size was told. The kernel takes it in for sure, or may go on with the one that it has.
+    fn told(&mut self, size: u64, sure: bool) {
+        if sure {
+            (self.size_min, self.size_max) = (size, size);
+        } else {
+            (self.size_min, self.size_max) = (self.size_min.min(size), self.size_max.max(size));
+        }
     }
 }
 
@@ -198,7 +209,8 @@ impl Inode {
     }
 
     fn crowd(&mut self) -> &mut Crowd {
-        self.rest().crowd.get_or_insert_default()
+        let size = self.last.size;
+        self.rest().crowd.get_or_insert_with(|| Box::new(Crowd { size_min: size, size_max: size, ..Crowd::default() }))
     }
 
     fn answered(&self) -> &[u32] {
@@ -393,11 +405,14 @@ impl Known {
         if !looked_up {
             inode.asked_at = self.stamp();
         }
-        if let Some(told) = told.filter(|_| inode.has_pages) {
+        let noted = inode.has_pages || inode.rest.as_ref().is_some_and(|rest| rest.crowd.is_some());
+        if let Some(told) = told.filter(|_| noted) {
             let now = self.stamp();
             let crowd = inode.crowd();
+            // The answer to SETATTR, which no thread is named for, is never dropped.
+            let sure = thread == 0 || !self.has_others(crowd, thread, TAKEN_IN);
+            crowd.told(told.size, sure);
             crowd.answer(thread, now);
-            crowd.size = told.size;
         }
         let conflicts = told.is_some_and(|told| inode.conflicts(told));
         let mut lifetime = Duration::ZERO;
@@ -425,7 +440,8 @@ impl Known {
         self.shard(ino).lock().get(&ino).is_some_and(|inode| inode.conflicts(told))
     }
 
-    /// A thread changes a file's data from now on. While it sets its size (`resizes`) the kernel takes in no other.
+    /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before that,
+    /// or the thread's next request would meet it. While it sets the file's size (`resizes`) the kernel takes in no other.
     pub(crate) fn change(&self, ino: u64, thread: u32, resizes: bool) -> Changing<'_> {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
             let crowd = inode.crowd();
@@ -435,27 +451,31 @@ impl Known {
         Changing { known: self, ino, thread, resizes }
     }
 
-    /// A file was written up to here, so that the kernel will take it to be at least that long.
+    /// By what the kernel asked for a file was written up to here, so that it will take it to be at least that long.
     pub(crate) fn written(&self, ino: u64, end: u64) {
         let mut shard = self.shard(ino).lock();
         if let Some(crowd) = shard.get_mut(&ino).and_then(|inode| inode.rest.as_mut()?.crowd.as_mut()) {
-            crowd.size = crowd.size.max(end);
+            (crowd.size_min, crowd.size_max) = (crowd.size_min.max(end), crowd.size_max.max(end));
         }
     }
 
+    /// Whether another thread changes the file, or was answered within this time.
+    fn has_others(&self, crowd: &Crowd, thread: u32, time: Duration) -> bool {
+        let other = |(who, at): &(u32, Stamp)| *who != thread && self.elapsed(*at).is_some_and(|past| past < time);
+        crowd.changing > 0 || crowd.answered.iter().any(other)
+    }
+
     /// Whether the pages of an inode are old, and what a GETATTR that came at `came` is told of it may be lost, so that a `read()`
-    /// would not notice: then they must be purged first. If the size has changed that would do more harm than good, since
-    /// the answer is then lost for sure; but while a size is being set it is so in any case.
+    /// would not notice: then they must be purged first. If the kernel may have another size that would do more harm than good,
+    /// since the answer is then lost for sure; but while a size is being set it is so in any case.
     pub(crate) fn doubtful(&self, ino: u64, thread: u32, told: Told, came: Instant) -> bool {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino).filter(|inode| inode.has_pages && inode.pages != told.version) else {
             return false;
         };
         let Some(crowd) = inode.rest.as_ref().and_then(|rest| rest.crowd.as_ref()) else { return false };
-        let since = came.elapsed() + TAKEN_IN;
-        let other = |(who, at): &(u32, Stamp)| *who != thread && self.elapsed(*at).is_some_and(|time| time < since);
-        let others = crowd.changing > 0 || crowd.answered.iter().any(other);
-        others && (crowd.resizing > 0 || crowd.size == told.size)
+        let has_size = crowd.size_min == told.size && crowd.size_max == told.size;
+        self.has_others(crowd, thread, came.elapsed() + TAKEN_IN) && (crowd.resizing > 0 || has_size)
     }
 
     /// The pages of an inode were purged, at a time at which its data was at least at this version.
@@ -692,6 +712,13 @@ mod tests {
         assert!(doubtful(newer) && !doubtful(longer));
         known.written(7, 11);
         assert!(doubtful(longer), "it was changed here");
+        // A size that was told beside another request may not have been taken in.
+        known.tell(known.begin(), 1, 7, 1, Some(Told { size: 12, version: 3, mtime: 7 }), false, TTL);
+        assert!(!doubtful(Told { size: 12, version: 4, mtime: 8 }) && !doubtful(longer));
+        known.written(7, 12);
+        assert!(doubtful(Told { size: 12, version: 4, mtime: 8 }), "now it is known again");
+        known.tell(known.begin(), 0, 7, 1, Some(Told { size: 11, version: 5, mtime: 9 }), false, TTL);
+        assert!(doubtful(Told { size: 11, version: 6, mtime: 10 }), "as it is after it was set");
         // While a size is being set, none is taken in.
         let truncation = known.change(7, 3, true);
         assert!(doubtful(newer) && doubtful(longer));
