@@ -133,18 +133,22 @@ pub fn elapsed() -> Duration {
     BEGUN.get().map(|begun| begun.elapsed()).unwrap_or_default()
 }
 
+/// Runs something whose time is virtual, and begins now.
+fn in_virtual_time<T>(what: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    let runtime = builder.enable_time().start_paused(true).build().map_err(|e| format!("no runtime: {e}"))?;
+    runtime.block_on(async {
+        BEGUN.set(Some(tokio::time::Instant::now()));
+        what.await
+    })
+}
+
 /// Runs a plan.
 ///
 /// # Errors
 /// What is wrong.
 pub fn run(plan: &Plan) -> Result<Report, String> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .map_err(|e| format!("no runtime: {e}"))?;
-    runtime.block_on(async {
-        BEGUN.set(Some(tokio::time::Instant::now()));
+    in_virtual_time(async {
         let mut options = WorldOptions::new(plan.seed, plan.nodes);
         options.planted = plan.planted;
         let mut world = World::new(&options).await?;
@@ -168,13 +172,7 @@ pub fn crash_point(
     after: Option<u64>,
     planted: Option<Planted>,
 ) -> Result<u64, String> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .map_err(|e| format!("no runtime: {e}"))?;
-    runtime.block_on(async {
-        BEGUN.set(Some(tokio::time::Instant::now()));
+    in_virtual_time(async {
         let mut world = World::new(&WorldOptions { planted, ..WorldOptions::new(seed, nodes) }).await?;
         let events = sweep::run(&mut world, before, after, planted == Some(Planted::NoFsync)).await?;
         world.finish().await?;

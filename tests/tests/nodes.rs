@@ -136,19 +136,14 @@ fn a_rename_between_directories_fails_only_for_a_directory_known_at_another_plac
 /// Clients on 1 to 4 nodes at once on a file, or on the names of a directory: one order explains all that they are told.
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]
-fn what_concurrent_clients_are_told_has_an_order() {
-    let cluster = RealCluster::up(&Options { nodes: 4, ..Options::default() });
+fn what_concurrent_clients_of_one_mount_are_told_has_an_order() {
+    // Of several mounts one history in a hundred has none yet: docs/testing.md, "Open findings".
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
     let linear = env!("CARGO_BIN_EXE_linear");
-    let of = |nodes: usize| cluster.mounts()[..nodes].to_vec();
-    good(&cluster, linear, &of(1), &["--seconds", "6", "--calls", "15", "--seed", "1"]);
-    for nodes in 2..=4 {
-        // One history in a hundred has a read from the page cache that no order explains (docs/testing.md, "Open findings"): shown.
-        let (found_none, text) = program(linear, &of(nodes), &["--seconds", "6", "--calls", "15", "--seed", &nodes.to_string()]);
-        println!("{nodes} mounts: {}\n{text}", if found_none { "all have an order" } else { "a finding, which does not decide" });
-    }
+    good(&cluster, linear, &cluster.mounts()[..1], &["--seconds", "6", "--calls", "15", "--seed", "1"]);
     let (found, _) = program(linear, &cluster.mounts()[..2], &["--seconds", "6", "--stale"]);
     assert!(!found, "reads that return earlier bytes were not found");
-    cluster.fsck(4);
+    cluster.fsck(2);
 }
 
 #[test]

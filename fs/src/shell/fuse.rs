@@ -348,7 +348,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
-            let changing = change.size.map(|_| front.known.change(ino.0, caller.pid, true));
+            let changing = change.size.and_then(|_| front.known.change(ino.0, caller.pid, true));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);

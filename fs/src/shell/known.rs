@@ -409,7 +409,7 @@ impl Known {
         if let Some(told) = told.filter(|_| noted) {
             let now = self.stamp();
             let crowd = inode.crowd();
-            // The answer to SETATTR, which no thread is named for, is never dropped.
+            // Answers that no thread is named for (SETATTR, LINK) are not dropped because of others.
             let sure = thread == 0 || !self.has_others(crowd, thread, TAKEN_IN);
             crowd.told(told.size, sure);
             crowd.answer(thread, now);
@@ -441,14 +441,13 @@ impl Known {
     }
 
     /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before that,
-    /// or the thread's next request would meet it. While it sets the file's size (`resizes`) the kernel takes in no other.
-    pub(crate) fn change(&self, ino: u64, thread: u32, resizes: bool) -> Changing<'_> {
-        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            let crowd = inode.crowd();
-            crowd.changing = crowd.changing.saturating_add(1);
-            crowd.resizing = crowd.resizing.saturating_add(u16::from(resizes));
-        }
-        Changing { known: self, ino, thread, resizes }
+    /// or the thread's next request would meet it. `None`: the kernel does not know the file. While it sets the file's size (`resizes`) the kernel takes in no other.
+    pub(crate) fn change(&self, ino: u64, thread: u32, resizes: bool) -> Option<Changing<'_>> {
+        let mut shard = self.shard(ino).lock();
+        let crowd = shard.get_mut(&ino)?.crowd();
+        crowd.changing = crowd.changing.saturating_add(1);
+        crowd.resizing = crowd.resizing.saturating_add(u16::from(resizes));
+        Some(Changing { known: self, ino, thread, resizes })
     }
 
     /// By what the kernel asked for a file was written up to here, so that it will take it to be at least that long.
