@@ -44,6 +44,68 @@ pub fn copy_range(from: &File, from_offset: u64, to: &File, to_offset: u64, len:
     count(unsafe { libc::copy_file_range(from.as_raw_fd(), &mut source, to.as_raw_fd(), &mut target, len, 0) })
 }
 
+/// All that is in a file in memory, from its beginning.
+fn scratched(scratch: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; scratch.metadata()?.len() as usize];
+    std::os::unix::fs::FileExt::read_exact_at(scratch, &mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Up to `len` bytes of a file by `sendfile`.
+pub fn send_file(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (scratch, mut at) = (memory_file()?, offset as i64);
+    let end = at + len as i64;
+    while at < end {
+        // SAFETY: the descriptors are open, and the offset lives as long as the call.
+        let n = unsafe { libc::sendfile(scratch.as_raw_fd(), file.as_raw_fd(), &mut at, (end - at) as usize) };
+        if count(n)? == 0 {
+            break;
+        }
+    }
+    scratched(&scratch)
+}
+
+/// Up to `len` bytes of a file by `splice`, through a pipe.
+pub fn splice(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (mut reader, writer) = io::pipe()?;
+    let (mut bytes, mut at, end) = (Vec::new(), offset as i64, offset as i64 + len as i64);
+    while at < end {
+        // SAFETY: the descriptors are open, and the offset lives as long as the call.
+        let n = unsafe {
+            let (from, to) = (file.as_raw_fd(), writer.as_raw_fd());
+            libc::splice(from, &mut at, to, std::ptr::null_mut(), (end - at) as usize, 0)
+        };
+        let (n, had) = (count(n)?, bytes.len());
+        if n == 0 {
+            break;
+        }
+        bytes.resize(had + n, 0);
+        io::Read::read_exact(&mut reader, &mut bytes[had..])?;
+    }
+    Ok(bytes)
+}
+
+/// Does something with the rights of a user who is not the superuser. They are this thread's, and only while it lasts.
+pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
+    struct Back(libc::c_int);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            // SAFETY: takes a number; what it changes is this thread's.
+            unsafe { libc::setfsuid(self.0 as u32) };
+        }
+    }
+    // SAFETY: as above.
+    let _back = Back(unsafe { libc::setfsuid(user) });
+    what()
+}
+
+/// `renameat2(RENAME_EXCHANGE)`.
+pub fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    let (a, b, at) = (c_path(a)?, c_path(b)?, libc::AT_FDCWD);
+    // SAFETY: both paths outlive the call.
+    check(unsafe { libc::renameat2(at, a.as_ptr(), at, b.as_ptr(), libc::RENAME_EXCHANGE) })
+}
+
 /// `lseek`.
 pub fn seek(file: &File, offset: i64, whence: libc::c_int) -> io::Result<u64> {
     // SAFETY: the descriptor is open as long as `file` is borrowed.
@@ -197,6 +259,29 @@ impl Directory {
         // SAFETY: the path outlives the call.
         let dir = unsafe { libc::opendir(path.as_ptr()) };
         if dir.is_null() { Err(io::Error::last_os_error()) } else { Ok(Directory(dir)) }
+    }
+
+    fn fd(&self) -> libc::c_int {
+        // SAFETY: the DIR is open as long as `self` lives.
+        unsafe { libc::dirfd(self.0) }
+    }
+
+    /// `openat`.
+    pub fn open_file(&self, name: &str, flags: libc::c_int) -> io::Result<File> {
+        let name = CString::new(name)?;
+        // SAFETY: the name outlives the call; the descriptor that comes back is new and ours alone.
+        unsafe {
+            let fd = libc::openat(self.fd(), name.as_ptr(), flags | libc::O_CLOEXEC);
+            check(fd)?;
+            Ok(File::from_raw_fd(fd))
+        }
+    }
+
+    /// `faccessat`, with the rights that this thread has now.
+    pub fn access(&self, name: &str, mode: libc::c_int) -> io::Result<()> {
+        let name = CString::new(name)?;
+        // SAFETY: the name outlives the call.
+        check(unsafe { libc::faccessat(self.fd(), name.as_ptr(), mode, libc::AT_EACCESS) })
     }
 
     /// `rewinddir`.
