@@ -31,7 +31,7 @@ use std::io;
 use std::iter;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -124,16 +124,12 @@ struct Matrix<'a> {
     queues: [Mutex<VecDeque<Group>>; 2],
     rows: Vec<Mutex<Row>>,
     failed: AtomicBool,
+    /// Looks before a change that did not find on one node what they did on the other: stale, too.
+    disagreements: AtomicU32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Before a change both nodes must find the same.
-fn agree(how: &str, here: &Found, there: &Found) -> io::Result<()> {
-    let differ = || io::Error::other(format!("before the change, {how}: {here} and {there}"));
-    if here == there { Ok(()) } else { Err(differ()) }
 }
 
 /// What a node found before a change.
@@ -176,6 +172,14 @@ impl Matrix<'_> {
         Ok(found)
     }
 
+    /// Before a change both nodes must find the same.
+    fn agree(&self, what: &str, how: &str, here: &Found, there: &Found) {
+        if here != there {
+            self.disagreements.fetch_add(1, Ordering::SeqCst);
+            println!("  before {what}, {how}: {here} and {there}");
+        }
+    }
+
     /// One round of some cells: `roles` has the changing node, and then who looks.
     fn play(&self, cells: &mut [Cell], ground: &mut Ground, roles: &[usize], thorough: bool) -> io::Result<()> {
         ground.turn += 1;
@@ -191,7 +195,7 @@ impl Matrix<'_> {
             let all = || LOOKS.into_iter().filter(|how| looks::is_quiet(how) && looks::is_promised(how));
             let right: Vec<Found> = all().map(|how| near.look(how)).collect();
             for (far, _) in &mut far {
-                all().zip(&right).try_for_each(|(how, right)| agree(how, right, &far.look(how)))?;
+                all().zip(&right).for_each(|(how, right)| self.agree(what, how, right, &far.look(how)));
             }
         }
         let here: Vec<Found> = cells.iter().map(|cell| near.look(looks::truth(cell.how))).collect();
@@ -223,7 +227,7 @@ impl Matrix<'_> {
         let changed = changed?;
         for ((cell, (ready, found)), here) in cells.iter_mut().zip(seen).zip(&here) {
             let truth = looks::truth(cell.how);
-            agree(truth, here, &ready.before)?;
+            self.agree(what, truth, here, &ready.before);
             let found = if self.args.deaf { ready.before.clone() } else { found };
             cell.count(&ready, &found, &near.look(truth));
             cell.changing += changed;
@@ -336,7 +340,11 @@ impl Matrix<'_> {
             println!("{held_up} rounds do not count, since a thread was held up before the change; {old} of them were stale");
         }
         println!("{stale} stale of {cells} cells, at least {least} rounds for each, {rounds} in all, in {made} directories");
-        least == self.args.rounds && stale == if self.args.deaf { cells } else { 0 }
+        let disagreements = self.disagreements.load(Ordering::SeqCst);
+        if disagreements > 0 {
+            println!("{disagreements} looks found something else on another node before a change");
+        }
+        least == self.args.rounds && disagreements == 0 && stale == if self.args.deaf { cells } else { 0 }
     }
 }
 
@@ -362,7 +370,14 @@ fn main() -> ExitCode {
         }
     };
     let rows = CHANGES.map(|_| Mutex::default()).into();
-    let mut matrix = Matrix { args: &args, grounds, queues: Default::default(), rows, failed: AtomicBool::new(false) };
+    let mut matrix = Matrix {
+        args: &args,
+        grounds,
+        queues: Default::default(),
+        rows,
+        failed: AtomicBool::new(false),
+        disagreements: AtomicU32::new(0),
+    };
     let result = matrix.run();
     if let Err(error) = &result {
         eprintln!("coherence: {error}");
