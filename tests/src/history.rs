@@ -13,7 +13,9 @@
 //!   file system.
 //! - A read through the page cache (a descriptor for reading only) is checked page by page: each page as it was at some moment
 //!   of the read, with zeros beyond its end, and the length one that the file had at some moment. The kernel takes no lock
-//!   against writers there, over any file system; other reads are one moment.
+//!   against writers there, over any file system; other reads are one moment. For the same reason it may stop between two
+//!   pages, if the file was longer at one moment and shorter at another; and, over FUSE only, anywhere between the two beside an
+//!   append on the same node (the kernel takes the file to end where it believed that the append would).
 //! - A call that ended with an error that a fault excuses, or whose client died, happened or did not.
 //!
 //! What a crash takes back is a tail of what the last node that had the object did to it since it was last durable: fsync'd,
@@ -78,8 +80,6 @@ struct Loss {
 pub struct History {
     object: Object,
     dir: String,
-    /// Leaves nothing out.
-    strict: bool,
     ticks: AtomicU64,
     records: Mutex<Vec<Record>>,
     losses: Mutex<Vec<Loss>>,
@@ -190,22 +190,7 @@ impl History {
     /// Of the object in a directory, which must be there and empty, and which nobody else uses.
     #[must_use]
     pub fn new(object: Object, dir: &str) -> Self {
-        History {
-            object,
-            dir: dir.to_owned(),
-            strict: true,
-            ticks: AtomicU64::new(1),
-            records: Mutex::default(),
-            losses: Mutex::default(),
-        }
-    }
-
-    /// For mounts: leaves out reads through the page cache beside which a call of the same node changes the file. While such a
-    /// call is under way the kernel takes in no size or time that it is told, and reads on from what it has cached, though another
-    /// node has changed that meanwhile (docs/testing.md, "Open findings").
-    #[must_use]
-    pub fn lenient(self) -> Self {
-        History { strict: false, ..self }
+        History { object, dir: dir.to_owned(), ticks: AtomicU64::new(1), records: Mutex::default(), losses: Mutex::default() }
     }
 
     fn tick(&self) -> u64 {
@@ -317,15 +302,7 @@ impl History {
     /// # Errors
     /// There is none: the shortest history found that shows it.
     pub fn decide(&self) -> Result<Decided, String> {
-        let mut records = self.records.lock().clone();
-        if !self.strict {
-            let changing: Vec<Record> = records.iter().filter(|r| changes_data(&r.op)).cloned().collect();
-            records.retain(|r| {
-                let end = |r: &Record| r.ended.unwrap_or(u64::MAX);
-                let beside = |o: &Record| o.node == r.node && o.begun < end(r) && r.begun < end(o);
-                !matches!(r.op, Op::Read { slot: READ_ONLY, .. }) || !changing.iter().any(beside)
-            });
-        }
+        let records = self.records.lock().clone();
         let losses = self.losses.lock().clone();
         let overlapping = |r: &&Record| {
             let within = |at: u64, o: &Record| o.begun < at && o.ended.is_none_or(|e| at < e);
@@ -381,7 +358,7 @@ impl History {
             clients.iter().for_each(|client| self.opens().iter().for_each(|op| drop(oracle.run(*client, op))));
         }
         let start = State { oracle, bound: BTreeMap::new(), held: BTreeMap::new(), past: Vec::new(), by: None };
-        let mut calls: Vec<Call<Act>> = records.iter().enumerate().flat_map(|(at, r)| calls(at, r)).collect();
+        let mut calls: Vec<Call<Act>> = records.iter().enumerate().flat_map(|(at, r)| calls(at, r, records)).collect();
         calls.extend(losses.iter().map(|l| {
             let ways = vec![vec![Act { client: 0, node: l.node, what: What::Loss }]];
             Call { begun: l.begun, ended: l.ended, must: false, ways }
@@ -416,8 +393,11 @@ impl History {
         losses.iter().for_each(|l| _ = writeln!(text, "  n{} may lose something from {} to {}", l.node + 1, l.begun, l.ended));
         if let Verdict::Wrong { stuck, .. } = self.search(&short, losses) {
             let fits: BTreeSet<u64> = {
-                let calls: Vec<(u64, u64)> =
-                    short.iter().enumerate().flat_map(|(at, r)| calls(at, r).into_iter().map(|c| (c.begun, c.ended))).collect();
+                let calls: Vec<(u64, u64)> = short
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(at, r)| calls(at, r, &short).into_iter().map(|c| (c.begun, c.ended)))
+                    .collect();
                 stuck.iter().filter_map(|c| calls.get(*c)).map(|c| c.0).collect()
             };
             let _ = writeln!(text, "in the longest attempt none of those that began at {fits:?} fits");
@@ -441,9 +421,12 @@ fn changes(r: &Record) -> bool {
     !looks && !matches!(r.outcome, Some(Err(error)) if error != errno::EIO && error != errno::ESTALE)
 }
 
-/// Whether the kernel drops what it is told of the file while it waits for the answer.
-fn changes_data(op: &Op) -> bool {
-    matches!(op, Op::Write { .. } | Op::Truncate { .. } | Op::Fallocate { .. })
+/// Whether an append of another client on the same node was under way beside this.
+fn is_beside_append(r: &Record, records: &[Record]) -> bool {
+    let end = |r: &Record| r.ended.unwrap_or(u64::MAX);
+    records
+        .iter()
+        .any(|o| matches!(o.op, Op::Write { slot: APPEND, .. }) && o.node == r.node && o.begun < end(r) && r.begun < end(o))
 }
 
 /// One moment.
@@ -472,14 +455,16 @@ enum What {
     Listed { path: String, kind: Option<FileKind> },
     /// A read of so much ends at the file's end, or is full.
     Length { slot: u8, len: u64, wanted: u64 },
+    /// The file is no shorter, or no longer, than this.
+    Bound { slot: u8, len: u64, at_least: bool },
     /// Bytes of a file, with zeros beyond its end.
     Page { slot: u8, offset: u64, bytes: Vec<u8> },
     /// The node may lose what is not durable.
     Loss,
 }
 
-/// The acts that a call may have consisted of. A listing becomes several calls.
-fn calls(key: usize, r: &Record) -> Vec<Call<Act>> {
+/// The acts that a call of a history may have consisted of. A listing becomes several calls.
+fn calls(key: usize, r: &Record, records: &[Record]) -> Vec<Call<Act>> {
     let act = |what| Act { client: r.client, node: r.node, what };
     let way = |whats: Vec<What>| whats.into_iter().map(act).collect::<Vec<_>>();
     let known = r.outcome.clone().filter(|o| !matches!(o, Err(errno::EIO | errno::ESTALE)));
@@ -520,13 +505,16 @@ fn calls(key: usize, r: &Record) -> Vec<Call<Act>> {
             ways.push(way(vec![find(path, None), What::StatFound { key, stat: *stat }]));
         }
         (Op::Read { slot: slot @ READ_ONLY, offset: 0, len }, Some(Ok(Reply::Bytes(bytes)))) => {
-            let length = What::Length { slot: *slot, len: bytes.len() as u64, wanted: u64::from(*len) };
+            let (slot, wanted, len) = (*slot, u64::from(*len), bytes.len() as u64);
+            let mut lengths = vec![way(vec![What::Length { slot, len, wanted }])];
+            if len.is_multiple_of(PAGE as u64) || is_beside_append(r, records) {
+                let bound = |at_least| What::Bound { slot, len, at_least };
+                lengths.extend([way(vec![bound(true), bound(false)]), way(vec![bound(false), bound(true)])]);
+            }
             let pages = bytes.chunks(PAGE).enumerate();
-            let pages = pages.map(|(n, page)| What::Page { slot: *slot, offset: (n * PAGE) as u64, bytes: page.to_vec() });
-            return std::iter::once(length)
-                .chain(pages)
-                .map(|what| Call { begun, ended, must, ways: vec![way(vec![what])] })
-                .collect();
+            let pages =
+                pages.map(|(n, page)| vec![way(vec![What::Page { slot, offset: (n * PAGE) as u64, bytes: page.to_vec() }])]);
+            return std::iter::once(lengths).chain(pages).map(|ways| Call { begun, ended, must, ways }).collect();
         }
         _ => {}
     }
@@ -639,6 +627,11 @@ impl Posix {
             What::Length { slot, len, wanted } => {
                 let right = state.oracle.run(act.client, &Op::Fstat { slot: *slot });
                 matches!(right, Ok(Reply::Stat(stat)) if stat.size.min(*wanted) == *len)
+            }
+            What::Bound { slot, len, at_least } => {
+                let right = state.oracle.run(act.client, &Op::Fstat { slot: *slot });
+                let fits = |size: u64| if *at_least { size >= *len } else { size <= *len };
+                matches!(right, Ok(Reply::Stat(stat)) if fits(stat.size))
             }
             What::Page { slot, offset, bytes } => {
                 let read = Op::Read { slot: *slot, offset: *offset, len: bytes.len() as u32 };

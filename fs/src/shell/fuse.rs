@@ -13,7 +13,7 @@
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
 use super::handles::{self, Handles};
-use super::known::{Known, Moment, Told};
+use super::known::{Answer, Doubt, How, Known, Moment};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
 use super::rights;
@@ -42,12 +42,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 /// Requests that the kernel may have under way on its own account (read-ahead, write-back of mappings, asynchronous I/O).
 const BACKGROUND_MAX: u16 = 128;
 /// The most that one `copy_file_range` copies before it answers.
 const COPY_MAX: u64 = 16 * 1024 * 1024;
+
+/// The handle of directories that are open for asking the kernel (`probe`): nothing is done with them.
+const PROBES: FileHandle = FileHandle(1);
 
 /// How long the kernel may believe what it is told now; must not outlive the node's lease.
 pub type Lifetime = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -79,24 +81,28 @@ impl<D: Disk> Front<D> {
         if self.company.has_others() { Duration::ZERO } else { (self.lifetime)() }
     }
 
-    fn told(attributes: &Attributes) -> Option<Told> {
-        translate::is_file(attributes).then(|| Told {
-            mtime: translate::nanoseconds(attributes.mtime),
-            size: attributes.size,
-            version: attributes.data_version,
-        })
+    /// What a thread is told of an inode.
+    fn answer(thread: u32, attributes: &Attributes, looked_up: bool, how: How) -> Answer {
+        let version = translate::is_file(attributes).then_some(attributes.data_version);
+        Answer { thread, generation: attributes.generation, version, looked_up, how }
     }
 
-    /// Answers with a name that was looked up or made. `exact`: the kernel itself drops attributes that an invalidation
-    /// overtakes (LOOKUP), when asked by this thread.
-    fn entry(&self, start: Moment, parent: INodeNo, result: Result<Attributes, FsError>, exact: Option<u32>, reply: ReplyEntry) {
+    /// Answers a thread with a name that was looked up or made.
+    fn entry(
+        &self,
+        start: Moment,
+        parent: INodeNo,
+        result: Result<Attributes, FsError>,
+        thread: u32,
+        how: How,
+        reply: ReplyEntry,
+    ) {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
                 let names = self.known.tell_name(start, parent.0, self.lifetime());
-                let ttl = exact.map_or(Duration::ZERO, |_| self.lifetime());
-                let ttl =
-                    self.known.tell(start, exact.unwrap_or(0), node, attributes.generation, Self::told(&attributes), true, ttl);
+                let ttl = if how == How::Forced { Duration::ZERO } else { self.lifetime() };
+                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, true, how), ttl);
                 let generation = Generation(attributes.generation);
                 reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
             }
@@ -105,21 +111,20 @@ impl<D: Disk> Front<D> {
     }
 
     /// Answers SETATTR: the kernel takes the attributes in even if an invalidation has overtaken them, so they live for no time.
-    fn changed(&self, start: Moment, result: Result<Attributes, FsError>, reply: ReplyAttr) {
+    fn changed(&self, start: Moment, thread: u32, result: Result<Attributes, FsError>, reply: ReplyAttr) {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
-                let generation = attributes.generation;
-                self.known.tell(start, 0, node, generation, Self::told(&attributes), false, Duration::ZERO);
+                self.known.tell(start, node, Self::answer(thread, &attributes, false, How::Forced), Duration::ZERO);
                 reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
             }
             Err(error) => reply.error(errno(&error)),
         }
     }
 
-    fn open_flags(&self, attributes: &Attributes, direct: bool) -> FopenFlags {
+    fn open_flags(&self, thread: u32, attributes: &Attributes, direct: bool) -> FopenFlags {
         let mut flags = FopenFlags::empty();
-        if self.known.keeps_pages(self.identity.node(attributes.ino), attributes.data_version) {
+        if self.known.keeps_pages(self.identity.node(attributes.ino), thread, attributes.data_version) {
             flags |= FopenFlags::FOPEN_KEEP_CACHE;
         }
         if direct {
@@ -274,9 +279,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
             {
                 // Only so can it be removed or replaced. Nothing of it is believed: asking for attributes and opening fail.
-                return front.entry(start, parent, Ok(stand_in), None, reply);
+                return front.entry(start, parent, Ok(stand_in), 0, How::Forced, reply);
             }
-            front.entry(start, parent, result, Some(caller.pid), reply);
+            front.entry(start, parent, result, caller.pid, How::Ordinary, reply);
         });
     }
 
@@ -290,27 +295,31 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
-        let came = Instant::now();
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
-            let attributes = match front.fs.attributes(front.identity.ino(ino)).await {
+            let mut attributes = match front.fs.attributes(front.identity.ino(ino)).await {
                 Ok(attributes) => attributes,
                 Err(error) => return reply.error(errno(&error)),
             };
-            // Asked on behalf of a read(), too.
+            // Asked on behalf of a read(), too: then it has a handle.
             if handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle)) {
                 return reply.error(Errno::EIO);
             }
-            let told = Front::<D>::told(&attributes);
-            let unseen =
-                |told: &Told| front.known.conflicts(ino.0, *told) || front.known.doubtful(ino.0, caller.pid, *told, came);
-            if let Some(told) = told.filter(unseen) {
-                // The data changed, but the kernel would not, or might not, see that by this answer. No page lock is held by a
-                // GETATTR, and no token by this operation any more: waiting here harms nobody.
-                front.notify.purge(ino.0).await;
-                front.known.purged(ino.0, told);
+            let is_ours = front.notify.is_ours(caller.pid);
+            let answer = Front::<D>::answer(caller.pid, &attributes, false, if is_ours { How::Ours } else { How::Ordinary });
+            if let Some(version) = answer.version.filter(|_| !is_ours && (handle.is_some() || front.notify.sees()))
+                && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version, handle.is_some())
+            {
+                // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
+                let renewed = front.notify.renew(ino.0, version, doubt == Doubt::WillBeLost).await;
+                if renewed.is_err() && handle.is_some() {
+                    // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
+                    // is shown what a read() asked for.
+                    attributes.mtime = translate::another_time(attributes.mtime);
+                }
             }
-            let ttl = front.known.tell(start, caller.pid, ino.0, attributes.generation, told, false, front.lifetime());
+            let ttl = if is_ours { Duration::ZERO } else { front.lifetime() };
+            let ttl = front.known.tell(start, ino.0, answer, ttl);
             reply.attr(&ttl, &front.identity.attributes(&attributes));
         });
     }
@@ -348,13 +357,13 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
-            let changing = change.size.and_then(|_| front.known.change(ino.0, caller.pid, true));
+            let changing = change.size.and_then(|_| front.known.change(ino.0, caller.pid));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
             let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
             drop(changing);
-            front.changed(start, result, reply);
+            front.changed(start, caller.pid, result, reply);
         });
     }
 
@@ -372,7 +381,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
             let result = front.fs.make(&Caller { umask, ..caller }, front.identity.ino(parent), &name, node, mode & 0o7777).await;
-            front.entry(start, parent, result, None, reply);
+            front.entry(start, parent, result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -381,7 +390,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let (caller, dir) = (Caller { umask, ..caller }, front.identity.ino(parent));
             let result = front.fs.make(&caller, dir, &name, NewNode::Directory, mode & 0o7777).await;
-            front.entry(start, parent, result, None, reply);
+            front.entry(start, parent, result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -390,7 +399,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let target = target.as_os_str().as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Symlink(&target), 0o777).await;
-            front.entry(start, parent, result, None, reply);
+            front.entry(start, parent, result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -430,7 +439,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.link(front.identity.ino(ino), front.identity.ino(parent), &name).await;
-            front.entry(start, parent, result, None, reply);
+            front.entry(start, parent, result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -449,7 +458,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             match result.await {
                 Ok(attributes) => {
-                    reply.opened(front.handles.open(ino.0, direct, flags.0), front.open_flags(&attributes, direct));
+                    reply.opened(front.handles.open(ino.0, direct, flags.0), front.open_flags(caller.pid, &attributes, direct));
                 }
                 Err(error) => reply.error(errno(&error)),
             }
@@ -468,15 +477,15 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             match result.await {
                 Ok(attributes) => {
                     let node = front.identity.node(attributes.ino);
-                    let generation = attributes.generation;
                     // One lifetime for name and attributes: none, since these may be overtaken.
-                    front.known.tell(start, 0, node, generation, Front::<D>::told(&attributes), true, Duration::ZERO);
+                    let answer = Front::<D>::answer(caller.pid, &attributes, true, How::Forced);
+                    front.known.tell(start, node, answer, Duration::ZERO);
                     reply.created(
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
-                        Generation(generation),
+                        Generation(attributes.generation),
                         front.handles.open(node, direct, flags),
-                        front.open_flags(&attributes, direct),
+                        front.open_flags(caller.pid, &attributes, direct),
                     );
                 }
                 // Another node was faster. The existing file must be opened as such, with its permissions checked: the kernel
@@ -542,14 +551,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let changing = front.known.change(ino.0, caller.pid, false);
+            let changing = front.known.change(ino.0, caller.pid);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
-                if !matches!(at, At::Within(_)) {
-                    // The kernel takes an append to be where it took the end to be.
-                    front.known.written(ino.0, offset.saturating_add(u64::from(length)));
-                }
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             let result = result.await;
@@ -564,6 +569,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn flush(&self, request: &Request, ino: INodeNo, handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
         operation!(self, request, to_the_end, |front, start, caller| {
+            front.known.hear(ino.0, caller.pid);
             front.handles.flushed(handle, owner);
             front.close_locks(ino, owner).await;
             empty(front.report_loss(front.identity.ino(ino), handle), reply);
@@ -638,6 +644,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn opendir(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         operation!(self, request, |front, start, caller| {
+            if front.notify.is_ours(caller.pid) {
+                return reply.opened(PROBES, FopenFlags::empty());
+            }
             // A directory that is open can be asked for what it is, and has nothing in it, when it has been removed.
             match front.fs.open(front.identity.ino(ino), translate::open_flags(flags)).await {
                 Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
@@ -646,7 +655,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn releasedir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(&self, request: &Request, ino: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        if handle == PROBES {
+            return reply.ok();
+        }
         operation!(self, request, to_the_end, |front, start, caller| {
             empty(front.fs.close(front.identity.ino(ino)).await, reply);
         });
@@ -692,8 +704,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         let lifetime = if entry.attributes.is_some() { names } else { Duration::ZERO };
                         let node = attributes.ino.0;
                         let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
-                        let told = entry.attributes.as_ref().and_then(Front::<D>::told);
-                        let ttl = front.known.tell(start, caller.pid, node, generation, told, counts, lifetime);
+                        let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);
+                        let answer = Answer { thread: caller.pid, generation, version, looked_up: counts, how: How::Ordinary };
+                        let ttl = front.known.tell(start, node, answer, lifetime);
                         let name = OsStr::from_bytes(&entry.name);
                         let full = reply.add(
                             INodeNo(node),
@@ -777,6 +790,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 // Another mount may change it without any token moving. An invalidation makes the kernel drop also a list that
                 // is on its way to it.
                 let known = front.known.clone();
+                known.shake(ino.0);
                 front.notify.forget_attributes(ino.0, move || known.contains(ino.0));
             }
         });
@@ -842,7 +856,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
-            let changing = front.known.change(ino.0, caller.pid, !keep_size);
+            let changing = front.known.change(ino.0, caller.pid);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
@@ -891,7 +905,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            let changing = front.known.change(to.0, caller.pid, true);
+            let changing = front.known.change(to.0, caller.pid);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;

@@ -1,16 +1,18 @@
 //! What one kernel mount was told, and so may still believe.
 //!
 //! For every inode that the kernel knows: how often it looked it up, whether it holds attributes, and until when names, on the
-//! strength of a token, which (mtime, size) it was told at which data version, and how old its pages may be.
+//! strength of a token, which version of its data it has surely taken in, and how old its pages may be.
 //!
 //! Invariants:
 //! - `attributes` (`Names::told_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
 //!   revocation, which then tells the kernel (or waits). So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
-//! - One (mtime, size) stands for one data version in `told`; an answer that would break this first purges the pages.
 //! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
+//! - A file's attributes are believed only while its pages are as new as they are.
+//! - A `read()` through the page cache goes on only when the kernel has surely taken in the size that goes with its answer, and
+//!   has no older pages; else it is *doubtful*, and waits until the kernel was made to (`notify`).
 //!
-//! Excludes: telling the kernel (`notify`), and what the answers mean (`fuse`).
+//! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), what proves that one was taken in (`unheard`).
 //!
 //! Why replies need no lock: the kernel notes its attribute version when it *sends* LOOKUP, GETATTR and
 //! READDIRPLUS, and drops from the answer what an invalidation has overtaken. It does not do so for SETATTR, CREATE, MKDIR
@@ -21,10 +23,12 @@
 //! *settling*: that answer is given no lifetime, so that a further revocation has nothing to take back and sends nothing. When
 //! the same thread comes again it has taken its answer in, and from then on losing one harms nobody.
 //!
-//! The kernel also drops an answer that another thread's answer about the same inode has overtaken, and any while a thread changes
-//! the file's size. Then a `read()` would go on with old pages. Who else is about is therefore noted (`Crowd`), and when a
-//! GETATTR's answer may be lost the pages are purged before it (`doubtful`).
+//! The kernel also drops an answer that another thread's has overtaken, and any while a thread changes the file's size. And when
+//! an answer makes it drop old pages it does so *after* it has taken the new time in, so that a second thread, told the same,
+//! sees nothing new and reads the old pages. Neither can be seen from the answers; therefore doubts are settled by asking the
+//! kernel what it has, and by purging, and no answer is relied on for either.
 
+use super::unheard::{Kind, Unheard};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -33,9 +37,6 @@ use tokio::time::Instant;
 
 /// Locks, so that threads seldom meet.
 const SHARDS: usize = 64;
-/// Remembered (mtime, size, version) per inode. The kernel holds the last that it accepted; it rejects one only if an
-/// invalidation overtook it, so that many in a row cannot be missed.
-const TOLD_MAX: usize = 8;
 /// How long the kernel may believe a name. Names are not taken back (the kernel can be made to forget them all, but then drops
 /// directories that are in use until they are looked up again, so that `getcwd()` fails there): they run out.
 pub(crate) const NAME_LIFETIME: Duration = Duration::from_millis(100);
@@ -51,24 +52,42 @@ const SHARED_DIRECTORY_MAX: Duration = Duration::from_secs(60);
 const ASKS_AGAIN: Duration = Duration::from_secs(2);
 /// Until requests that are under way may have been answered.
 const BUSY: Duration = Duration::from_millis(3);
-/// Who was answered has most probably taken the answer in after this time.
-const TAKEN_IN: Duration = Duration::from_millis(30);
-/// Threads remembered per inode that were answered and have not come again.
-const ANSWERED_MAX: usize = 4;
 
-/// Numbers revocations: taken when an operation begins, compared when it answers.
+/// Numbers revocations and purges: taken when an operation begins, compared when it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Moment(u64);
 
-/// Attributes that decide whether the kernel drops its pages by itself, and the version of the data they go with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Told {
-    /// Modification time in nanoseconds (modulo 2^64: that two times 584 years apart look the same costs a purge at worst).
-    pub(crate) mtime: u64,
-    /// Size in bytes.
-    pub(crate) size: u64,
-    /// Version of the data.
-    pub(crate) version: u64,
+/// An answer with attributes, about to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Answer {
+    /// Who asked; 0: not known.
+    pub(crate) thread: u32,
+    pub(crate) generation: u64,
+    /// The version of the data; none: it is no file.
+    pub(crate) version: Option<u64>,
+    /// It answers a look-up.
+    pub(crate) looked_up: bool,
+    pub(crate) how: How,
+}
+
+/// What may become of the answer to a GETATTR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Doubt {
+    /// A purge has overtaken it.
+    WillBeLost,
+    /// The `read()` that asks may go on without it, or with pages of other data.
+    MayBeLost,
+}
+
+/// How the kernel takes an answer in (see `unheard`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// If nothing has overtaken it: LOOKUP, GETATTR, READDIRPLUS.
+    Ordinary,
+    /// So, too; and we ourselves asked.
+    Ours,
+    /// In any case: SETATTR, CREATE, LINK and the like.
+    Forced,
 }
 
 /// When something happened, in units of 10 ms since the table was made; 0: never.
@@ -83,20 +102,24 @@ const STAMP_MS: u128 = 10;
 struct Inode {
     generation: u64,
     revoked: u64,
-    /// The last attributes that were told, if `has_told`.
-    last: Told,
+    /// The last purge of its pages began then.
+    purged: u64,
     /// See `pages()`.
     pages: u64,
+    /// See `taken_in()`.
+    taken_in: u64,
     rest: Option<Box<Rest>>,
     /// One that reached the maximum is not counted any more, and the inode never forgotten.
     lookups: u32,
     revoked_at: Stamp,
     asked_at: Stamp,
-    has_told: bool,
+    has_taken_in: bool,
     has_pages: bool,
     attributes: bool,
     /// The kernel has surely taken in an answer since the last revocation.
     settled: bool,
+    /// Purges under way.
+    purging: u8,
 }
 
 /// What is kept of some inodes only.
@@ -104,43 +127,7 @@ struct Inode {
 struct Rest {
     /// Of directories in which names were told.
     names: Option<Box<Names>>,
-    /// What was told before the last.
-    earlier: Vec<Told>,
-    /// Threads that were answered since the last revocation.
-    answered: Vec<u32>,
-    crowd: Option<Box<Crowd>>,
-}
-
-/// Who else is about an inode of which the kernel has pages, or that is being changed.
-#[derive(Debug, Default)]
-struct Crowd {
-    /// Requests under way that change its data.
-    changing: u16,
-    /// Those of them while which the kernel takes in no sizes and times.
-    resizing: u16,
-    /// The last threads that were answered.
-    answered: [(u32, Stamp); 2],
-    /// The size that the kernel has is not less than this.
-    size_min: u64,
-    /// And not more than this.
-    size_max: u64,
-}
-
-impl Crowd {
-    fn answer(&mut self, thread: u32, now: Stamp) {
-        let [first, second] = &mut self.answered;
-        let oldest = if first.0 == thread || second.0 != thread && first.1 <= second.1 { first } else { second };
-        *oldest = (thread, now);
-    }
-
-    /// A size was told. The kernel takes it in for sure, or may go on with the one that it has.
-    fn told(&mut self, size: u64, sure: bool) {
-        if sure {
-            (self.size_min, self.size_max) = (size, size);
-        } else {
-            (self.size_min, self.size_max) = (self.size_min.min(size), self.size_max.max(size));
-        }
-    }
+    unheard: Unheard,
 }
 
 /// A change of a file's data that is under way.
@@ -149,25 +136,13 @@ pub(crate) struct Changing<'a> {
     known: &'a Known,
     ino: u64,
     thread: u32,
-    resizes: bool,
 }
 
 impl Drop for Changing<'_> {
     fn drop(&mut self) {
-        let now = self.known.stamp();
         let mut shard = self.known.shard(self.ino).lock();
-        let Some(inode) = shard.get_mut(&self.ino) else { return };
-        let has_pages = inode.has_pages;
-        let Some(rest) = &mut inode.rest else { return };
-        let Some(crowd) = &mut rest.crowd else { return };
-        crowd.changing = crowd.changing.saturating_sub(1);
-        crowd.resizing = crowd.resizing.saturating_sub(u16::from(self.resizes));
-        crowd.answer(self.thread, now);
-        if !has_pages && crowd.changing == 0 {
-            rest.crowd = None;
-            if rest.names.is_none() && rest.earlier.is_empty() && rest.answered.is_empty() {
-                inode.rest = None;
-            }
+        if let Some(rest) = shard.get_mut(&self.ino).and_then(|inode| inode.rest.as_mut()) {
+            rest.unheard.end_change(self.thread);
         }
     }
 }
@@ -194,6 +169,14 @@ impl Inode {
         self.rest.as_mut()?.names.as_deref_mut()
     }
 
+    fn unheard(&self) -> Option<&Unheard> {
+        self.rest.as_ref().map(|rest| &rest.unheard)
+    }
+
+    fn unheard_mut(&mut self) -> Option<&mut Unheard> {
+        self.rest.as_mut().map(|rest| &mut rest.unheard)
+    }
+
     /// The oldest data version that the kernel's pages may hold; `None`: it has no pages.
     fn pages(&self) -> Option<u64> {
         self.has_pages.then_some(self.pages)
@@ -203,35 +186,47 @@ impl Inode {
         (self.has_pages, self.pages) = (pages.is_some(), pages.unwrap_or(0));
     }
 
-    fn told(&self) -> impl Iterator<Item = &Told> {
-        let earlier = self.rest.iter().flat_map(|rest| &rest.earlier);
-        self.has_told.then_some(&self.last).into_iter().chain(earlier)
+    /// The kernel has this version's attributes, or newer ones, for sure.
+    fn taken_in(&self) -> Option<u64> {
+        self.has_taken_in.then_some(self.taken_in)
     }
 
-    fn crowd(&mut self) -> &mut Crowd {
-        let size = self.last.size;
-        self.rest().crowd.get_or_insert_with(|| Box::new(Crowd { size_min: size, size_max: size, ..Crowd::default() }))
+    fn set_taken_in(&mut self, version: Option<u64>) {
+        (self.has_taken_in, self.taken_in) = (version.is_some(), version.unwrap_or(0));
     }
 
-    fn answered(&self) -> &[u32] {
-        self.rest.as_ref().map_or(&[], |rest| &rest.answered)
+    /// Whether the kernel may have pages of other data than this.
+    fn has_other_pages(&self, version: u64) -> bool {
+        self.purging > 0 || self.pages().is_some_and(|pages| pages != version)
     }
 
-    /// A thread that was answered before is here again, so it has taken that answer in.
-    fn heard(&mut self, thread: u32) {
-        if !self.settled && thread != 0 && self.answered().contains(&thread) {
-            self.settled = true;
-            self.rest().answered = Vec::new();
+    /// A thread is here again.
+    fn hear(&mut self, thread: u32) {
+        if thread == 0 {
+            return;
+        }
+        let Some(rest) = &mut self.rest else { return };
+        let heard = rest.unheard.hear(thread);
+        if rest.unheard.is_empty() && rest.names.is_none() {
+            self.rest = None;
+        }
+        self.settled |= heard.settled;
+        if heard.taken_in.is_some() {
+            self.set_taken_in(heard.taken_in);
         }
     }
 
-    fn answer(&mut self, thread: u32) {
-        if !self.settled && thread != 0 {
-            let answered = &mut self.rest().answered;
-            if answered.len() == ANSWERED_MAX {
-                answered.remove(0);
-            }
-            answered.push(thread);
+    /// A thread is about to be sent an answer.
+    fn send(&mut self, answer: Answer, current: bool) {
+        let Answer { thread, version, how, .. } = answer;
+        // What says nothing new may be lost.
+        let is_news = !self.settled || version.is_some() && version != self.taken_in() || how == How::Ours;
+        if thread != 0 && is_news {
+            let kind = match how {
+                How::Forced => Kind::Forced { settles: current },
+                How::Ordinary | How::Ours => Kind::Ordinary { sure: self.purging == 0, settles: current },
+            };
+            self.rest().unheard.send(thread, version.unwrap_or(0), kind);
         }
     }
 
@@ -246,37 +241,13 @@ impl Inode {
         self.revoked = number;
         self.attributes = false;
         self.settled = false;
-        if let Some(rest) = &mut self.rest {
-            rest.answered = Vec::new();
+        if let Some(unheard) = self.unheard_mut() {
+            unheard.revoke();
+            if forgotten.attributes {
+                unheard.shake();
+            }
         }
         forgotten
-    }
-
-    fn conflicts(&self, new: Told) -> bool {
-        self.told().any(|t| t.mtime == new.mtime && t.size == new.size && t.version != new.version)
-    }
-
-    fn remember(&mut self, new: Told) {
-        if self.told().any(|t| *t == new) {
-            return;
-        }
-        if self.has_told {
-            let last = self.last;
-            let earlier = &mut self.rest().earlier;
-            if earlier.len() + 1 == TOLD_MAX {
-                earlier.remove(0);
-            }
-            earlier.reserve_exact(1);
-            earlier.push(last);
-        }
-        (self.has_told, self.last) = (true, new);
-    }
-
-    fn forget_told(&mut self) {
-        self.has_told = false;
-        if let Some(rest) = &mut self.rest {
-            rest.earlier = Vec::new();
-        }
     }
 }
 
@@ -304,7 +275,7 @@ pub(crate) enum Refresh {
     Needless,
     /// Purging could make the kernel drop answers that are on their way: not before this time has passed.
     Later(Duration),
-    /// Yes.
+    /// Yes: from now on until `purged`.
     Now,
 }
 
@@ -326,7 +297,7 @@ type Shard = HashMap<u64, Box<Inode>>;
 pub(crate) struct Known {
     shards: Vec<Mutex<Shard>>,
     since: Instant,
-    revocations: AtomicU64,
+    moments: AtomicU64,
     asking: AtomicUsize,
 }
 
@@ -335,7 +306,7 @@ impl Known {
         Known {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             since: Instant::now(),
-            revocations: AtomicU64::new(1),
+            moments: AtomicU64::new(1),
             asking: AtomicUsize::new(0),
         }
     }
@@ -363,7 +334,11 @@ impl Known {
 
     /// To be called before an operation asks for its tokens.
     pub(crate) fn begin(&self) -> Moment {
-        Moment(self.revocations.load(Ordering::SeqCst))
+        Moment(self.moments.load(Ordering::SeqCst))
+    }
+
+    fn next_moment(&self) -> u64 {
+        self.moments.fetch_add(1, Ordering::SeqCst) + 1
     }
 
     fn is_current(&self, start: Moment, inode: &Inode, was_known: bool) -> bool {
@@ -371,61 +346,31 @@ impl Known {
         if was_known { inode.revoked <= start.0 } else { self.begin() == start }
     }
 
-    /// Attributes of an inode are about to be sent to a thread in answer to LOOKUP or READDIRPLUS, which count as a look-up,
-    /// or (with `looked_up` false) to GETATTR. Returns how long the kernel may believe them, at most `ttl`. Thread 0: one that is
-    /// not known, or whose answer says nothing about what the kernel has taken in.
-    #[expect(clippy::too_many_arguments, reason = "they are what an answer consists of")]
-    pub(crate) fn tell(
-        &self,
-        start: Moment,
-        thread: u32,
-        ino: u64,
-        generation: u64,
-        told: Option<Told>,
-        looked_up: bool,
-        ttl: Duration,
-    ) -> Duration {
+    /// Attributes of an inode are about to be sent. Returns how long the kernel may believe them, at most `ttl`.
+    pub(crate) fn tell(&self, start: Moment, ino: u64, answer: Answer, ttl: Duration) -> Duration {
         let mut shard = self.shard(ino).lock();
         let was_known = shard.contains_key(&ino);
         // An inode that is new to the kernel is made with what it is first told, whatever has been invalidated meanwhile.
         let inode = shard.entry(ino).or_insert_with(|| Box::new(Inode { settled: true, ..Inode::default() }));
-        if inode.generation != generation {
-            if was_known && !looked_up {
+        if !was_known || inode.generation != answer.generation {
+            if was_known && !answer.looked_up {
                 // By another way than a look-up the kernel learns of no generation.
                 return Duration::ZERO;
             }
             // The kernel makes a new inode of it, without pages. The look-ups of the old one are still to be forgotten.
-            inode.generation = generation;
+            inode.generation = answer.generation;
             inode.set_pages(None);
-            inode.forget_told();
+            inode.set_taken_in(answer.version);
         }
-        inode.lookups = inode.lookups.saturating_add(u32::from(looked_up));
+        inode.lookups = inode.lookups.saturating_add(u32::from(answer.looked_up));
         let current = self.is_current(start, inode, was_known);
-        inode.heard(thread);
-        if !looked_up {
+        inode.hear(answer.thread);
+        if !answer.looked_up {
             inode.asked_at = self.stamp();
         }
-        let noted = inode.has_pages || inode.rest.as_ref().is_some_and(|rest| rest.crowd.is_some());
-        if let Some(told) = told.filter(|_| noted) {
-            let now = self.stamp();
-            let crowd = inode.crowd();
-            // Answers that no thread is named for (SETATTR, LINK) are not dropped because of others.
-            let sure = thread == 0 || !self.has_others(crowd, thread, TAKEN_IN);
-            crowd.told(told.size, sure);
-            crowd.answer(thread, now);
-        }
-        let conflicts = told.is_some_and(|told| inode.conflicts(told));
-        let mut lifetime = Duration::ZERO;
-        if !conflicts {
-            if let Some(told) = told {
-                inode.remember(told);
-            }
-            if current && inode.settled {
-                lifetime = ttl;
-            } else if current {
-                inode.answer(thread);
-            }
-        }
+        inode.send(answer, current);
+        let has_other_pages = answer.version.is_some_and(|version| inode.has_other_pages(version));
+        let lifetime = if current && inode.settled && !has_other_pages { ttl } else { Duration::ZERO };
         inode.attributes |= !lifetime.is_zero();
         if inode.lookups == 0 && !was_known {
             // Not looked up (the root, or a race with FORGET): keep the entry, the root's is never forgotten; others go with
@@ -435,53 +380,83 @@ impl Known {
         lifetime
     }
 
-    /// Whether the kernel would keep pages of older data if it were told this: they must be purged first.
-    pub(crate) fn conflicts(&self, ino: u64, told: Told) -> bool {
-        self.shard(ino).lock().get(&ino).is_some_and(|inode| inode.conflicts(told))
+    /// Why a GETATTR that began at `start` must not be answered before the kernel was made to take this version in.
+    pub(crate) fn doubt(&self, start: Moment, ino: u64, thread: u32, version: u64, for_read: bool) -> Option<Doubt> {
+        let mut shard = self.shard(ino).lock();
+        let inode = shard.get_mut(&ino)?;
+        inode.hear(thread);
+        let will_be_lost = inode.purging > 0 || inode.purged > start.0;
+        let doubtful = for_read && (inode.taken_in() < Some(version) || inode.has_other_pages(version));
+        if will_be_lost { Some(Doubt::WillBeLost) } else { doubtful.then_some(Doubt::MayBeLost) }
     }
 
-    /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before that,
-    /// or the thread's next request would meet it. `None`: the kernel does not know the file. While it sets the file's size (`resizes`) the kernel takes in no other.
-    pub(crate) fn change(&self, ino: u64, thread: u32, resizes: bool) -> Option<Changing<'_>> {
-        let mut shard = self.shard(ino).lock();
-        let crowd = shard.get_mut(&ino)?.crowd();
-        crowd.changing = crowd.changing.saturating_add(1);
-        crowd.resizing = crowd.resizing.saturating_add(u16::from(resizes));
-        Some(Changing { known: self, ino, thread, resizes })
+    /// Whether the kernel has not yet been made to take this version in, and to have no older pages.
+    pub(crate) fn is_behind(&self, ino: u64, version: u64) -> bool {
+        let shard = self.shard(ino).lock();
+        shard.get(&ino).is_some_and(|inode| {
+            inode.purging > 0 || inode.taken_in() < Some(version) || inode.pages().is_some_and(|pages| pages < version)
+        })
     }
 
-    /// By what the kernel asked for a file was written up to here, so that it will take it to be at least that long.
-    pub(crate) fn written(&self, ino: u64, end: u64) {
+    /// The kernel was seen to have what our thread was told last. Its pages are to be purged from now on until `purged`; not
+    /// (false) if others were told something since, which the purge would make the kernel lose, unless that must be borne with.
+    pub(crate) fn took_in(&self, ino: u64, thread: u32, bear: bool) -> bool {
+        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
-        if let Some(crowd) = shard.get_mut(&ino).and_then(|inode| inode.rest.as_mut()?.crowd.as_mut()) {
-            (crowd.size_min, crowd.size_max) = (crowd.size_min.max(end), crowd.size_max.max(end));
+        let Some(inode) = shard.get_mut(&ino) else { return false };
+        let Some((version, overtaken)) = inode.unheard().and_then(|unheard| unheard.last(thread)) else { return false };
+        if overtaken && !bear {
+            return false;
+        }
+        inode.set_taken_in(Some(version));
+        inode.rest().unheard.outdate();
+        Self::begin_purge(inode, number);
+        true
+    }
+
+    /// The pages are about to be purged: those that are told of from now on may remain. Answers on their way will be lost.
+    fn begin_purge(inode: &mut Inode, number: u64) {
+        inode.set_pages(None);
+        inode.purging = inode.purging.saturating_add(1);
+        inode.purged = number;
+        if let Some(unheard) = inode.unheard_mut() {
+            unheard.shake();
         }
     }
 
-    /// Whether another thread changes the file, or was answered within this time.
-    fn has_others(&self, crowd: &Crowd, thread: u32, time: Duration) -> bool {
-        let other = |(who, at): &(u32, Stamp)| *who != thread && self.elapsed(*at).is_some_and(|past| past < time);
-        crowd.changing > 0 || crowd.answered.iter().any(other)
-    }
-
-    /// Whether the pages of an inode are old, and what a GETATTR that came at `came` is told of it may be lost, so that a `read()`
-    /// would not notice: then they must be purged first. If the kernel may have another size that would do more harm than good,
-    /// since the answer is then lost for sure; but while a size is being set it is so in any case.
-    pub(crate) fn doubtful(&self, ino: u64, thread: u32, told: Told, came: Instant) -> bool {
-        let mut shard = self.shard(ino).lock();
-        let Some(inode) = shard.get_mut(&ino).filter(|inode| inode.has_pages && inode.pages != told.version) else {
-            return false;
-        };
-        let Some(crowd) = inode.rest.as_ref().and_then(|rest| rest.crowd.as_ref()) else { return false };
-        let has_size = crowd.size_min == told.size && crowd.size_max == told.size;
-        self.has_others(crowd, thread, came.elapsed() + TAKEN_IN) && (crowd.resizing > 0 || has_size)
-    }
-
-    /// The pages of an inode were purged, at a time at which its data was at least at this version.
-    pub(crate) fn purged(&self, ino: u64, told: Told) {
+    /// The purge is over.
+    pub(crate) fn purged(&self, ino: u64) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.forget_told();
-            inode.remember(told);
+            inode.purging = inode.purging.saturating_sub(1);
+        }
+    }
+
+    /// Whether this node changes the file's data, or who did may not have taken that in yet.
+    pub(crate) fn is_changing(&self, ino: u64) -> bool {
+        self.shard(ino).lock().get(&ino).and_then(|inode| inode.unheard()).is_some_and(Unheard::is_changing)
+    }
+
+    /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before
+    /// that, or the thread's next request would meet it. `None`: the kernel does not know the file.
+    pub(crate) fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
+        let mut shard = self.shard(ino).lock();
+        let inode = shard.get_mut(&ino)?;
+        inode.hear(thread);
+        inode.rest().unheard.begin_change();
+        Some(Changing { known: self, ino, thread })
+    }
+
+    /// A thread asks something else about an inode.
+    pub(crate) fn hear(&self, ino: u64, thread: u32) {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.hear(thread);
+        }
+    }
+
+    /// An invalidation of the attributes is about to be sent on account of nobody.
+    pub(crate) fn shake(&self, ino: u64) {
+        if let Some(unheard) = self.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.unheard_mut()) {
+            unheard.shake();
         }
     }
 
@@ -506,7 +481,7 @@ impl Known {
     pub(crate) fn tell_list(&self, start: Moment, thread: u32, ino: u64) -> bool {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return self.begin() == start };
-        inode.heard(thread);
+        inode.hear(thread);
         let current = self.is_current(start, inode, true);
         inode.attributes |= current;
         current
@@ -515,20 +490,18 @@ impl Known {
     /// Data of this version is about to be sent to a thread for the page cache.
     pub(crate) fn tell_pages(&self, ino: u64, thread: u32, version: u64) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.heard(thread);
+            inode.hear(thread);
             inode.set_pages(Some(inode.pages().map_or(version, |old| old.min(version))));
         }
     }
 
-    /// A file with data of this version is about to be opened: may the kernel keep its pages? If not, it drops them.
-    pub(crate) fn keeps_pages(&self, ino: u64, version: u64) -> bool {
+    /// A file with data of this version is about to be opened by a thread: may the kernel keep its pages? If not, it drops them,
+    /// but others that have it open may read them until it has, so they are not taken for gone.
+    pub(crate) fn keeps_pages(&self, ino: u64, thread: u32, version: u64) -> bool {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return false };
-        let keep = inode.pages().is_none_or(|pages| pages == version);
-        if !keep {
-            inode.set_pages(None);
-        }
-        keep
+        inode.hear(thread);
+        !inode.has_other_pages(version)
     }
 
     /// The kernel forgot some look-ups.
@@ -556,7 +529,7 @@ impl Known {
 
     /// The token of an inode is gone. Returns what the kernel must be told before this is acknowledged.
     pub(crate) fn revoke(&self, ino: u64) -> Forgotten {
-        let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
+        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
         let now = Instant::now();
@@ -575,13 +548,17 @@ impl Known {
 
     /// Attributes of an inode were changed by this node itself, on nobody's behalf. Returns what the kernel must be told.
     pub(crate) fn changed(&self, ino: u64) -> Forgotten {
-        let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
+        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
         // Answers that are under way may be older.
         inode.revoked = number;
+        let attributes = std::mem::take(&mut inode.attributes);
+        if let Some(unheard) = inode.unheard_mut().filter(|_| attributes) {
+            unheard.shake();
+        }
         Forgotten {
-            attributes: std::mem::take(&mut inode.attributes),
+            attributes,
             // What an earlier revocation wanted purged goes under this one's number now.
             pages: inode.has_pages && !inode.settled,
             revocation: Revocation(number),
@@ -589,27 +566,36 @@ impl Known {
         }
     }
 
-    /// Whether the pages of an inode whose last revocation was this one are to be purged now. Who asks about the inode again
-    /// and again needs no purge, and is not to be met by one.
-    pub(crate) fn refresh(&self, ino: u64, revocation: Revocation) -> Refresh {
-        let shard = self.shard(ino).lock();
-        let wanted = |i: &&Inode| i.revoked == revocation.0 && i.has_pages && !i.settled && i.answered().is_empty();
-        let Some(inode) = shard.get(&ino).map(|inode| &**inode).filter(wanted) else { return Refresh::Needless };
+    /// Whether the pages of an inode whose last revocation was this one are to be purged now, for the sake of mappings. Who asks
+    /// about the inode again and again needs no purge, and is not to be met by one.
+    pub(crate) fn refresh(&self, ino: u64, revocation: Revocation, is_quiet: impl FnOnce() -> bool) -> Refresh {
+        let number = self.next_moment();
+        let mut shard = self.shard(ino).lock();
+        let wanted = |i: &&mut Box<Inode>| {
+            i.revoked == revocation.0 && i.has_pages && !i.settled && !i.unheard().is_some_and(Unheard::may_settle)
+        };
+        let Some(inode) = shard.get_mut(&ino).filter(wanted) else { return Refresh::Needless };
         let asked = self.elapsed(inode.asked_at).map_or(Duration::ZERO, |time| ASKS_AGAIN.saturating_sub(time));
         match asked {
-            Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 => Refresh::Later(BUSY),
-            Duration::ZERO => Refresh::Now,
+            Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 || !is_quiet() => Refresh::Later(BUSY),
+            Duration::ZERO => {
+                Self::begin_purge(inode, number);
+                Refresh::Now
+            }
             wait => Refresh::Later(wait),
         }
     }
 
     /// All tokens are gone. Returns every inode of which the kernel believes something or has pages.
     pub(crate) fn revoke_all(&self) -> Vec<(u64, Forgotten)> {
-        let number = self.revocations.fetch_add(1, Ordering::SeqCst) + 1;
+        let number = self.next_moment();
         let mut all = Vec::new();
         for shard in &self.shards {
             for (ino, inode) in shard.lock().iter_mut() {
                 let forgotten = inode.revoke(number);
+                // What this node had changed and lost had versions that others give to other data now.
+                inode.set_taken_in(None);
+                inode.pages = 0;
                 if forgotten.attributes || forgotten.pages || !forgotten.names.is_zero() {
                     all.push((*ino, forgotten));
                 }
@@ -624,7 +610,15 @@ mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_secs(1);
-    const M: Told = Told { mtime: 5, size: 10, version: 1 };
+
+    /// To a thread, of a version.
+    fn answer(thread: u32, version: u64) -> Answer {
+        Answer { thread, generation: 1, version: Some(version), looked_up: false, how: How::Ordinary }
+    }
+
+    fn look_up(thread: u32, version: u64) -> Answer {
+        Answer { looked_up: true, ..answer(thread, version) }
+    }
 
     /// The kernel may know millions of inodes, and gives them up only when it needs their memory: about 1 KiB each.
     #[test]
@@ -635,53 +629,51 @@ mod tests {
     #[test]
     fn an_answer_overtaken_by_a_revocation_is_not_believed() {
         let known = Known::new();
-        let start = known.begin();
-        assert_eq!(known.tell(start, 0, 7, 1, Some(M), true, TTL), TTL);
+        let ask = |thread| known.tell(known.begin(), 7, answer(thread, 1), TTL);
+        assert_eq!(known.tell(known.begin(), 7, look_up(0, 1), TTL), TTL);
         let late = known.begin();
         assert!(known.revoke(7).attributes);
-        assert_eq!(known.tell(late, 0, 7, 1, Some(M), false, TTL), Duration::ZERO);
+        assert_eq!(known.tell(late, 7, answer(20, 1), TTL), Duration::ZERO);
         assert!(!known.revoke(7).attributes, "nothing was believed, so nothing is to be forgotten");
         // The first answer since: nothing may make the kernel drop it, so there must be nothing to take back.
-        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), Duration::ZERO);
-        assert_eq!(known.tell(known.begin(), 22, 7, 1, Some(M), false, TTL), Duration::ZERO, "21 may still be asleep");
+        assert_eq!(ask(21), Duration::ZERO);
+        assert_eq!(ask(22), Duration::ZERO, "21 may still be asleep");
         assert!(!known.revoke(7).attributes);
-        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), Duration::ZERO, "an answer before a revocation");
-        assert_eq!(known.tell(known.begin(), 21, 7, 1, Some(M), false, TTL), TTL, "it has taken that one in");
-        assert_eq!(known.tell(known.begin(), 22, 7, 1, Some(M), false, TTL), TTL);
+        assert_eq!(ask(21), Duration::ZERO, "an answer before a revocation");
+        assert_eq!(ask(21), TTL, "it has taken that one in");
+        assert_eq!(ask(22), TTL);
         assert!(known.revoke(7).attributes);
     }
 
     #[tokio::test(start_paused = true)]
     async fn pages_are_purged_for_mappings_only_if_no_answer_does_it() {
         let known = Known::new();
-        let now = |forgotten: Forgotten| known.refresh(7, forgotten.revocation);
-        known.tell(known.begin(), 1, 7, 1, Some(M), true, TTL);
+        let now = |forgotten: Forgotten| known.refresh(7, forgotten.revocation, || true);
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
         known.tell_pages(7, 1, 1);
         let first = known.revoke(7);
         assert!(first.pages);
         let asking = known.ask();
         assert_eq!(now(first), Refresh::Later(BUSY));
         drop(asking);
-        assert_eq!(now(first), Refresh::Now);
-        known.tell(known.begin(), 1, 7, 1, Some(Told { version: 2, ..M }), false, TTL);
-        assert_eq!(now(first), Refresh::Later(ASKS_AGAIN), "an answer by which the kernel sees no difference");
-        known.tell(known.begin(), 1, 7, 1, Some(Told { mtime: 6, version: 2, ..M }), false, TTL);
-        assert_eq!(now(first), Refresh::Needless);
+        assert_eq!(known.refresh(7, first.revocation, || false), Refresh::Later(BUSY));
+        known.tell(known.begin(), 7, answer(1, 2), TTL);
+        assert_eq!(now(first), Refresh::Needless, "by that answer the kernel sees that they are old");
         let second = known.revoke(7);
         assert_eq!(now(first), Refresh::Needless, "that is left to the newer one");
         assert_eq!(now(second), Refresh::Later(ASKS_AGAIN), "somebody asked a moment ago, and will again");
         tokio::time::advance(ASKS_AGAIN).await;
-        assert_eq!(now(second), Refresh::Now);
         // An access time that is set in between does not make the pages any younger.
         let changed = known.changed(7);
         assert!(changed.pages);
         assert_eq!((now(second), now(changed)), (Refresh::Needless, Refresh::Now));
+        assert!(!known.revoke(7).pages, "they are being purged");
     }
 
     #[test]
     fn a_list_that_was_told_is_taken_back_though_attributes_were_told_for_no_time() {
         let known = Known::new();
-        known.tell(known.begin(), 1, 7, 1, Some(M), true, Duration::ZERO);
+        known.tell(known.begin(), 7, look_up(1, 1), Duration::ZERO);
         assert!(!known.revoke(7).attributes);
         let start = known.begin();
         assert!(known.tell_list(start, 1, 7));
@@ -690,47 +682,70 @@ mod tests {
         assert!(!known.revoke(7).attributes, "nothing was told since");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn pages_are_purged_where_an_answer_may_be_lost() {
+    #[test]
+    fn a_read_waits_until_the_kernel_has_its_version_and_no_other_pages() {
         let known = Known::new();
-        let newer = Told { mtime: 6, version: 2, ..M };
-        let (came, doubtful) = (Instant::now(), |told| known.doubtful(7, 1, told, Instant::now()));
-        known.tell(known.begin(), 1, 7, 1, Some(M), true, TTL);
+        let doubt = |start, for_read| known.doubt(start, 7, 2, 4, for_read);
+        let doubtful = |thread, version| known.doubt(known.begin(), 7, thread, version, true).is_some();
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
         known.tell_pages(7, 1, 1);
-        known.tell(known.begin(), 1, 7, 1, Some(M), false, TTL);
-        assert!(!doubtful(newer), "nobody else is about");
-        // Another thread's answer may be taken in first.
-        known.tell(known.begin(), 2, 7, 1, Some(M), false, TTL);
-        assert!(doubtful(newer) && !doubtful(M), "but what is as old as the pages needs no purge");
-        tokio::time::advance(TAKEN_IN * 2).await;
-        assert!(!doubtful(newer), "it has been by now");
-        assert!(known.doubtful(7, 1, newer, came), "not if this request came before that");
-        // A size that has changed would be lost with the purge.
-        let longer = Told { size: 11, ..newer };
-        let write = known.change(7, 2, false);
-        assert!(doubtful(newer) && !doubtful(longer));
-        known.written(7, 11);
-        assert!(doubtful(longer), "it was changed here");
-        // A size that was told beside another request may not have been taken in.
-        known.tell(known.begin(), 1, 7, 1, Some(Told { size: 12, version: 3, mtime: 7 }), false, TTL);
-        assert!(!doubtful(Told { size: 12, version: 4, mtime: 8 }) && !doubtful(longer));
-        known.written(7, 12);
-        assert!(doubtful(Told { size: 12, version: 4, mtime: 8 }), "now it is known again");
-        known.tell(known.begin(), 0, 7, 1, Some(Told { size: 11, version: 5, mtime: 9 }), false, TTL);
-        assert!(doubtful(Told { size: 11, version: 6, mtime: 10 }), "as it is after it was set");
-        // While a size is being set, none is taken in.
-        let truncation = known.change(7, 3, true);
-        assert!(doubtful(newer) && doubtful(longer));
-        drop((write, truncation));
-        tokio::time::advance(TAKEN_IN * 2).await;
-        assert!(!doubtful(newer) && !doubtful(longer));
+        assert!(!doubtful(2, 1), "it was made with that");
+        assert!(doubtful(2, 2) && known.is_behind(7, 2));
+        assert_eq!(doubt(known.begin(), false), None, "who does not read is told by the answer");
+        // Somebody was told and may not have taken it in; heard, he has; but the pages may still be the old ones.
+        known.tell(known.begin(), 7, answer(3, 2), TTL);
+        assert!(known.is_behind(7, 2));
+        known.hear(7, 3);
+        assert!(doubtful(2, 2) && known.is_behind(7, 2));
+        // The kernel is asked by a thread of ours (9), and another one is told of something newer beside.
+        let ours = |version| Answer { how: How::Ours, ..answer(9, version) };
+        known.tell(known.begin(), 7, ours(3), TTL);
+        known.tell(known.begin(), 7, answer(3, 4), TTL);
+        assert!(!known.took_in(7, 9, false));
+        known.tell(known.begin(), 7, ours(4), TTL);
+        let start = known.begin();
+        assert!(known.took_in(7, 9, false));
+        // Who asked before the purge will lose the answer, whatever it is for.
+        assert_eq!(doubt(start, false), Some(Doubt::WillBeLost));
+        assert!(known.is_behind(7, 4));
+        known.tell_pages(7, 2, 4);
+        known.purged(7);
+        assert_eq!(doubt(start, true), Some(Doubt::WillBeLost));
+        assert!(!doubtful(2, 4) && !known.is_behind(7, 4));
+        assert!(doubtful(2, 5), "pages that were read while the others were purged");
     }
 
     #[test]
-    fn what_is_changed_without_pages_leaves_nothing_behind() {
+    fn attributes_are_not_believed_beside_old_pages() {
         let known = Known::new();
-        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
-        drop(known.change(7, 2, true));
+        let ask = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
+        known.tell_pages(7, 1, 1);
+        assert_eq!((ask(1), ask(2)), (TTL, Duration::ZERO));
+        assert!(known.took_in(7, 1, false));
+        assert_eq!(ask(2), Duration::ZERO, "they are being purged");
+        known.purged(7);
+        assert_eq!(ask(2), TTL);
+    }
+
+    #[test]
+    fn after_all_tokens_were_lost_no_version_is_what_it_was() {
+        let known = Known::new();
+        known.tell(known.begin(), 7, look_up(1, 3), TTL);
+        known.tell_pages(7, 1, 3);
+        assert!(!known.is_behind(7, 3));
+        known.revoke_all();
+        assert!(known.is_behind(7, 3) && !known.keeps_pages(7, 2, 3));
+    }
+
+    #[test]
+    fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
+        let known = Known::new();
+        known.tell(known.begin(), 7, look_up(2, 1), TTL);
+        drop(known.change(7, 2));
+        assert!(known.is_changing(7), "it may not have taken that in");
+        known.hear(7, 2);
+        assert!(!known.is_changing(7));
         assert!(known.shard(7).lock().get(&7).is_some_and(|inode| inode.rest.is_none()));
     }
 
@@ -739,40 +754,26 @@ mod tests {
         let known = Known::new();
         let start = known.begin();
         known.revoke(7);
-        assert_eq!(known.tell(start, 0, 7, 1, Some(M), true, TTL), Duration::ZERO);
-    }
-
-    #[test]
-    fn same_mtime_and_size_with_other_data_conflicts_until_purged() {
-        let known = Known::new();
-        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
-        let changed = Told { version: 2, ..M };
-        assert!(known.conflicts(7, changed));
-        assert_eq!(known.tell(known.begin(), 0, 7, 1, Some(changed), false, TTL), Duration::ZERO);
-        assert!(known.conflicts(7, changed), "an answer that could not wait must not hide the conflict");
-        known.purged(7, changed);
-        assert!(!known.conflicts(7, changed));
-        assert!(!known.conflicts(7, Told { mtime: 6, version: 3, ..M }), "another mtime makes the kernel purge by itself");
+        assert_eq!(known.tell(start, 7, look_up(0, 1), TTL), Duration::ZERO);
     }
 
     #[test]
     fn pages_are_kept_only_while_the_data_is_the_same() {
         let known = Known::new();
-        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
-        assert!(known.keeps_pages(7, 1));
+        known.tell(known.begin(), 7, look_up(0, 1), TTL);
+        assert!(known.keeps_pages(7, 1, 1));
         known.tell_pages(7, 0, 1);
-        assert!(known.keeps_pages(7, 1));
-        assert!(!known.keeps_pages(7, 2));
-        known.tell_pages(7, 0, 2);
-        assert!(known.keeps_pages(7, 2));
+        assert!(known.keeps_pages(7, 1, 1));
+        assert!(!known.keeps_pages(7, 1, 2) && !known.keeps_pages(7, 1, 2), "others may read them until they are dropped");
     }
 
     #[test]
     fn forgetting_drops_the_inode_and_a_new_generation_starts_afresh() {
         let known = Known::new();
-        known.tell(known.begin(), 0, 7, 1, Some(M), true, TTL);
-        known.tell(known.begin(), 0, 7, 2, Some(Told { version: 9, ..M }), true, TTL);
-        assert!(!known.conflicts(7, Told { version: 9, ..M }));
+        known.tell(known.begin(), 7, look_up(0, 1), TTL);
+        known.tell_pages(7, 0, 1);
+        known.tell(known.begin(), 7, Answer { generation: 2, ..look_up(0, 9) }, TTL);
+        assert!(!known.is_behind(7, 9));
         known.forget(7, 1);
         assert!(known.contains(7));
         known.forget(7, 1);
@@ -783,7 +784,7 @@ mod tests {
     async fn names_run_out_and_are_not_cached_in_a_directory_shared_with_writers() {
         let known = Known::new();
         let tell = || known.tell_name(known.begin(), 1, TTL);
-        known.tell(known.begin(), 0, 1, 1, None, true, TTL);
+        known.tell(known.begin(), 1, Answer { version: None, ..look_up(0, 0) }, TTL);
         assert_eq!(tell(), NAME_LIFETIME);
         tokio::time::advance(NAME_LIFETIME).await;
         assert_eq!(known.revoke(1).names, NAME_RUNS_OUT - NAME_LIFETIME);

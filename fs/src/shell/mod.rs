@@ -6,11 +6,13 @@ mod known;
 mod locks;
 mod mount;
 mod notify;
+mod probe;
 mod rights;
 mod serve;
 mod signal;
 mod syscall;
 mod translate;
+mod unheard;
 
 pub use fuse::Lifetime;
 pub use mount::{

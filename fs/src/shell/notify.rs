@@ -3,33 +3,46 @@
 //! Two kinds of notification are used. Attribute-only invalidation never waits for a lock in the kernel: it is sent at once,
 //! from wherever a token is given up, before that is acknowledged. Purging pages waits for page locks, which the kernel holds
 //! during READ and WRITE requests that may in turn wait for a token: it is done by threads of its own, and only the answer to
-//! one GETATTR (which holds no page lock) ever waits for it. Names are not taken back at all, they run out (`known`).
+//! a GETATTR (which holds no page lock) ever waits for it. Names are not taken back at all, they run out (`known`).
+//!
+//! A purge makes the kernel lose the answers that are on their way to it, that of the GETATTR too for which it is done. So
+//! before it the kernel is made to take in what this GETATTR is to be told: a thread of ours asks for the attributes, through
+//! the mount, until the kernel is seen to have them (`probe`). Then losing the others harms nobody.
 //!
 //! Invariants:
-//! - No thread that serves requests or gives up tokens purges pages.
+//! - No thread that serves requests or gives up tokens purges pages, or asks the kernel.
 //! - Queues are bounded: who must have a purge waits for room without blocking a thread; who merely would like one drops it.
 //!
 //! Excludes: who needs to be told what (`known`).
 
 use super::known::{Known, Refresh, Revocation};
+use super::probe::{Probe, Unseen};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::gettid;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// Purges that may wait in a lane.
 const QUEUE_MAX: usize = 1024;
+/// Threads for purges that answers wait for, each for a part of the inodes: where one waits for a token others need not.
+const LANES: usize = 4;
+/// How often the kernel is asked until it has what it was told, all of it and then at least the size. Between two times a
+/// thread that keeps it from that (it changes the file) is given the processor, later for `PAUSE`.
+const WHOLE_MAX: usize = 20;
+const SIZE_MAX: usize = 200;
+const PAUSE: Duration = Duration::from_micros(100);
 /// The kernel may still be about to take in an answer that was sent just before a revocation; it is told again after these
 /// delays. Milliseconds; longer than any delay in scheduling a woken thread that is not itself a failure.
 const AGAIN_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 300];
 
 /// When pages that nobody asked about since they became old are purged, and how long to wait if that is not possible just then.
 const REFRESH_AFTER: Duration = Duration::from_millis(30);
-const REFRESH_RETRY: Duration = Duration::from_millis(3);
 
 const FUSE_NOTIFY_INVAL_INODE: i32 = 2;
 
@@ -81,10 +94,10 @@ fn known(result: io::Result<()>) -> io::Result<bool> {
 
 #[derive(Debug)]
 enum Job {
-    /// Purge, and say so.
-    Purge(u64, oneshot::Sender<()>),
+    /// Make the kernel take in this version (if the last is true, anew, whatever it has) and purge what is older.
+    Renew(u64, u64, bool, oneshot::Sender<Result<(), Unseen>>),
     /// Purge if that is to be done just now; tells what was.
-    Refresh(u64, Revocation, Arc<Known>, oneshot::Sender<Refresh>),
+    Refresh(u64, Revocation, oneshot::Sender<Refresh>),
 }
 
 /// The notifier of one mount. Its threads end when it is dropped.
@@ -92,22 +105,53 @@ enum Job {
 pub(crate) struct Notify {
     device: Arc<Device>,
     /// For answers that wait for a purge.
-    urgent: mpsc::Sender<Job>,
+    urgent: [mpsc::Sender<Job>; LANES],
+    /// Their threads' numbers.
+    threads: Arc<[AtomicU32; LANES]>,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     /// Room for refreshes that wait for their time.
     refreshes: Arc<Semaphore>,
+    probe: Arc<Probe>,
     runtime: Handle,
 }
 
 impl Notify {
-    pub(crate) fn new(fd: OwnedFd, runtime: Handle) -> io::Result<Self> {
+    pub(crate) fn new(fd: OwnedFd, known: &Arc<Known>, probe: Arc<Probe>, runtime: Handle) -> io::Result<Self> {
         let device = Arc::new(Device::new(fd));
-        let (urgent, urgent_jobs) = mpsc::channel(QUEUE_MAX);
-        let (casual, casual_jobs) = mpsc::channel(QUEUE_MAX);
-        lane("pulsar-purge", device.clone(), urgent_jobs)?;
-        lane("pulsar-refresh", device.clone(), casual_jobs)?;
-        Ok(Notify { device, urgent, casual, refreshes: Arc::new(Semaphore::new(QUEUE_MAX)), runtime })
+        let threads: Arc<[AtomicU32; LANES]> = Arc::default();
+        let lane = |name: &str, number: Option<usize>| {
+            let (sender, jobs) = mpsc::channel(QUEUE_MAX);
+            let lane = Lane { device: device.clone(), known: known.clone(), probe: probe.clone(), thread: 0 };
+            let threads = threads.clone();
+            std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+                let thread = gettid().as_raw() as u32;
+                if let Some(number) = number {
+                    threads[number].store(thread, Ordering::SeqCst);
+                }
+                Lane { thread, ..lane }.run(jobs);
+            })?;
+            Ok::<_, io::Error>(sender)
+        };
+        let urgent = [
+            lane("pulsar-purge-0", Some(0))?,
+            lane("pulsar-purge-1", Some(1))?,
+            lane("pulsar-purge-2", Some(2))?,
+            lane("pulsar-purge-3", Some(3))?,
+        ];
+        let casual = lane("pulsar-refresh", None)?;
+        let refreshes = Arc::new(Semaphore::new(QUEUE_MAX));
+        Ok(Notify { device, urgent, threads, casual, refreshes, probe, runtime })
+    }
+
+    /// Whether a thread is one of those that ask the kernel on our own behalf.
+    pub(crate) fn is_ours(&self, thread: u32) -> bool {
+        self.threads.iter().any(|t| t.load(Ordering::SeqCst) == thread)
+    }
+
+    /// Whether the kernel can be asked. Until it was once, that is not known.
+    pub(crate) fn sees(&self) -> bool {
+        self.probe.sees()
     }
 
     /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
@@ -131,19 +175,27 @@ impl Notify {
         }
     }
 
-    /// Purges the pages of an inode, and waits until that is done.
-    pub(crate) async fn purge(&self, ino: u64) {
+    /// Makes the kernel take in this version of a file (or a newer one) and drop pages that are older; waits until that is done.
+    /// The answer to a GETATTR that was sent before may be lost then, and harmlessly. `anew`: it is lost already, so that even
+    /// what else may have changed must be taken in now.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked. Nothing was done.
+    pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
         let (done, wait) = oneshot::channel();
-        if self.urgent.send(Job::Purge(ino, done)).await.is_ok() {
-            let _ = wait.await;
+        // Inodes made one after the other differ in their low bits.
+        let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
+        if lane.send(Job::Renew(ino, version, anew, done)).await.is_err() {
+            return Err(Unseen);
         }
+        wait.await.unwrap_or(Err(Unseen))
     }
 
     /// Purges the pages of revoked inodes some time soon for the sake of memory mappings, unless there is too much to do.
     ///
     /// A purge invalidates attributes, too, and so makes the kernel drop answers that are on their way to it (see `known`). So it
     /// is done only for what no answer has purged after a while, and while no request waits, here or in the kernel's queue.
-    pub(crate) fn refresh(&self, mut inodes: Vec<(u64, Revocation)>, known: Arc<Known>) {
+    pub(crate) fn refresh(&self, mut inodes: Vec<(u64, Revocation)>) {
         if inodes.is_empty() {
             return;
         }
@@ -155,7 +207,7 @@ impl Notify {
             while let Some((ino, revocation)) = inodes.last() {
                 let (answer, wait) = oneshot::channel();
                 // Decided by the thread that purges, just before it does.
-                if casual.send(Job::Refresh(*ino, *revocation, known.clone(), answer)).await.is_err() {
+                if casual.send(Job::Refresh(*ino, *revocation, answer)).await.is_err() {
                     return;
                 }
                 match wait.await {
@@ -168,32 +220,61 @@ impl Notify {
     }
 }
 
-fn lane(name: &str, device: Arc<Device>, mut jobs: mpsc::Receiver<Job>) -> io::Result<()> {
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+/// A thread that tells the kernel what may take a while.
+struct Lane {
+    device: Arc<Device>,
+    known: Arc<Known>,
+    probe: Arc<Probe>,
+    thread: u32,
+}
+
+impl Lane {
+    fn run(&self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(job) = jobs.blocking_recv() {
             match job {
-                Job::Purge(ino, done) => {
-                    purge(&device, ino);
-                    let _ = done.send(());
+                Job::Renew(ino, version, anew, done) => {
+                    let _ = done.send(self.renew(ino, version, anew));
                 }
-                Job::Refresh(ino, revocation, known, answer) => {
-                    let what = match known.refresh(ino, revocation) {
-                        Refresh::Now if device.has_requests() => Refresh::Later(REFRESH_RETRY),
-                        what => what,
-                    };
+                Job::Refresh(ino, revocation, answer) => {
+                    let what = self.known.refresh(ino, revocation, || !self.device.has_requests());
                     if what == Refresh::Now {
-                        purge(&device, ino);
+                        self.purge(ino);
                     }
                     let _ = answer.send(what);
                 }
             }
         }
-    })?;
-    Ok(())
-}
+    }
 
-fn purge(device: &Device, ino: u64) {
-    if let Err(error) = device.purge_pages(ino) {
-        tracing::debug!(ino, %error, "cannot purge pages");
+    fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
+        for attempt in 0..WHOLE_MAX + SIZE_MAX {
+            // Perhaps it was done for somebody else meanwhile.
+            let is_behind = self.known.is_behind(ino, version);
+            let Some(generation) = self.known.generation(ino).filter(|_| is_behind || anew) else { return Ok(()) };
+            let seen = self.probe.ask(ino, generation)?;
+            // Who extends the file now is taken in without being told.
+            let has_size = seen.has.size == seen.told.size || seen.has.size > seen.told.size && self.known.is_changing(ino);
+            let patient = attempt < WHOLE_MAX;
+            if seen.has == seen.told || !patient && has_size {
+                if !is_behind {
+                    return Ok(());
+                }
+                if self.known.took_in(ino, self.thread, !patient) {
+                    self.purge(ino);
+                    return Ok(());
+                }
+            }
+            if patient { std::thread::yield_now() } else { std::thread::sleep(PAUSE) }
+        }
+        tracing::debug!(ino, "the kernel did not take in the attributes that it asked for");
+        Err(Unseen)
+    }
+
+    /// Drops pages; the purge was noted before.
+    fn purge(&self, ino: u64) {
+        if let Err(error) = self.device.purge_pages(ino) {
+            tracing::debug!(ino, %error, "cannot purge pages");
+        }
+        self.known.purged(ino);
     }
 }

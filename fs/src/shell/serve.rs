@@ -11,6 +11,7 @@ use super::handles::Handles;
 use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
+use super::probe::Probe;
 use super::translate::Identity;
 use crate::{AccessTimes, FileSystem, Ino};
 use fuser::{Config, Session, SessionACL};
@@ -95,7 +96,8 @@ impl<D: Disk> Server<D> {
         let runtime = Handle::current();
         self.fs.keep_access_times(options.access_times);
         let known = Arc::new(Known::new());
-        let notify = Notify::new(fuse.try_clone()?, runtime.clone())?;
+        let probe = Arc::new(Probe::new(options.directory.clone()));
+        let notify = Notify::new(fuse.try_clone()?, &known, probe.clone(), runtime.clone())?;
         let (stop, stopped) = watch::channel(false);
         let (state, states) = watch::channel(State::Starting);
         let identity = Identity::new(self.fs.root(), known.clone());
@@ -153,9 +155,12 @@ impl<D: Disk> Server<D> {
                 state.send_replace(State::Ready);
                 if let Some(directory) = directory {
                     // Beside the session, since it looks at the mount.
-                    std::thread::Builder::new()
-                        .name("pulsar-tune".to_owned())
-                        .spawn(move || mount::raise_read_ahead(&directory))?;
+                    std::thread::Builder::new().name("pulsar-tune".to_owned()).spawn(move || {
+                        if let Err(error) = probe.look() {
+                            tracing::warn!(%error, directory = %directory.display(), "cannot look at the mount");
+                        }
+                        mount::raise_read_ahead(&directory);
+                    })?;
                 }
                 session.run()
             });
@@ -325,7 +330,7 @@ impl<D: Disk> Peer for Front<D> {
             self.notify.forget_attributes(node, move || known.contains(node));
         }
         if forgotten.pages {
-            self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
+            self.notify.refresh(vec![(node, forgotten.revocation)]);
         }
         forgotten.names
     }
@@ -338,7 +343,7 @@ impl<D: Disk> Peer for Front<D> {
             self.notify.forget_attributes(node, move || known.contains(node));
         }
         if forgotten.pages {
-            self.notify.refresh(vec![(node, forgotten.revocation)], self.known.clone());
+            self.notify.refresh(vec![(node, forgotten.revocation)]);
         }
     }
 
@@ -354,7 +359,7 @@ impl<D: Disk> Peer for Front<D> {
         // drop the answers to requests that waited for the cluster meanwhile.
         let inodes = self.known.revoke_all();
         let pages = inodes.into_iter().filter(|(_, forgotten)| forgotten.pages).map(|(ino, f)| (ino, f.revocation));
-        self.notify.refresh(pages.collect(), self.known.clone());
+        self.notify.refresh(pages.collect());
     }
 
     fn distrust(&self) -> Duration {
@@ -366,7 +371,7 @@ impl<D: Disk> Peer for Front<D> {
                 self.notify.forget_attributes(ino, move || known.contains(ino));
             }
             if forgotten.pages {
-                self.notify.refresh(vec![(ino, forgotten.revocation)], self.known.clone());
+                self.notify.refresh(vec![(ino, forgotten.revocation)]);
             }
         }
         names

@@ -6,6 +6,7 @@ use crate::{Attributes, FileKind, FsError, Ino, NewNode, Time};
 use fuser::{Errno, FileAttr, FileType, INodeNo, TimeOrNow};
 use nix::libc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Inode numbers: the kernel calls the root 1, the file system by its block.
@@ -93,9 +94,11 @@ pub(crate) fn errno(error: &FsError) -> Errno {
     Errno::from_i32(error.errno())
 }
 
-/// A number for a time: unambiguous but for times that are 584 years apart.
-pub(crate) fn nanoseconds(time: Time) -> u64 {
-    time.seconds.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(u64::from(time.nanos))
+/// A time that differs from this one, and from what this returned for it lately.
+pub(crate) fn another_time(time: Time) -> Time {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let more = COUNT.fetch_add(1, Ordering::Relaxed) % 1_000_000 + 1;
+    Time { nanos: (time.nanos + more) % 1_000_000_000, ..time }
 }
 
 fn system_time(time: Time) -> SystemTime {

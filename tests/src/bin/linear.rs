@@ -31,9 +31,6 @@ struct Args {
     /// Decides what the clients do (not when).
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Checks reads through the page cache beside changes on the same node, too.
-    #[arg(long)]
-    strict: bool,
     /// Plants a bug: some reads return the bytes of an earlier one.
     #[arg(long)]
     stale: bool,
@@ -61,8 +58,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// One object; an error says what has no order.
 fn object(args: &Args, rng: &mut Rng, object: Object, dir: &str) -> Result<tests::history::Decided, String> {
     std::fs::create_dir(args.mounts[0].join(dir)).map_err(|e| format!("{dir}: {e}"))?;
-    let history = History::new(object, dir);
-    let history = Arc::new(if args.strict { history } else { history.lenient() });
+    let history = Arc::new(History::new(object, dir));
     let driver = |node: usize| {
         let driver = MountDriver::new(vec![args.mounts[node].clone()]);
         if args.stale { Mount::Stale(Stale::new(driver, 5)) } else { Mount::Honest(driver) }
