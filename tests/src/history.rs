@@ -14,8 +14,8 @@
 //! - A read through the page cache (a descriptor for reading only) is checked page by page: each page as it was at some moment
 //!   of the read, with zeros beyond its end, and the length one that the file had at some moment. The kernel takes no lock
 //!   against writers there, over any file system; other reads are one moment. For the same reason it may stop between two
-//!   pages, if the file was longer at one moment and shorter at another; and, over FUSE only, anywhere between the two beside an
-//!   append on the same node (the kernel takes the file to end where it believed that the append would).
+//!   pages, if the file was longer at one moment and shorter at another; and, over FUSE only, anywhere between the two beside a
+//!   write on the same node (the kernel takes the file to reach to where that ends, as soon as it is done).
 //! - A call that ended with an error that a fault excuses, or whose client died, happened or did not.
 //!
 //! What a crash takes back is a tail of what the last node that had the object did to it since it was last durable: fsync'd,
@@ -421,12 +421,10 @@ fn changes(r: &Record) -> bool {
     !looks && !matches!(r.outcome, Some(Err(error)) if error != errno::EIO && error != errno::ESTALE)
 }
 
-/// Whether an append of another client on the same node was under way beside this.
-fn is_beside_append(r: &Record, records: &[Record]) -> bool {
+/// Whether a write on the same node was under way beside this.
+fn is_beside_write(r: &Record, records: &[Record]) -> bool {
     let end = |r: &Record| r.ended.unwrap_or(u64::MAX);
-    records
-        .iter()
-        .any(|o| matches!(o.op, Op::Write { slot: APPEND, .. }) && o.node == r.node && o.begun < end(r) && r.begun < end(o))
+    records.iter().any(|o| matches!(o.op, Op::Write { .. }) && o.node == r.node && o.begun < end(r) && r.begun < end(o))
 }
 
 /// One moment.
@@ -507,7 +505,7 @@ fn calls(key: usize, r: &Record, records: &[Record]) -> Vec<Call<Act>> {
         (Op::Read { slot: slot @ READ_ONLY, offset: 0, len }, Some(Ok(Reply::Bytes(bytes)))) => {
             let (slot, wanted, len) = (*slot, u64::from(*len), bytes.len() as u64);
             let mut lengths = vec![way(vec![What::Length { slot, len, wanted }])];
-            if len.is_multiple_of(PAGE as u64) || is_beside_append(r, records) {
+            if len.is_multiple_of(PAGE as u64) || is_beside_write(r, records) {
                 let bound = |at_least| What::Bound { slot, len, at_least };
                 lengths.extend([way(vec![bound(true), bound(false)]), way(vec![bound(false), bound(true)])]);
             }

@@ -13,7 +13,7 @@
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
 use super::handles::{self, Handles};
-use super::known::{Answer, Doubt, How, Known, Moment};
+use super::known::{Answer, Changing, Doubt, How, Known, Moment};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
 use super::rights;
@@ -120,6 +120,16 @@ impl<D: Disk> Front<D> {
             }
             Err(error) => reply.error(errno(&error)),
         }
+    }
+
+    /// To be held while a thread changes a file's data, until just before it is answered.
+    fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
+        let (changing, believed) = self.known.change(ino, thread);
+        if believed {
+            let known = self.known.clone();
+            self.notify.forget_attributes(ino, move || known.contains(ino));
+        }
+        changing
     }
 
     fn open_flags(&self, thread: u32, attributes: &Attributes, direct: bool) -> FopenFlags {
@@ -357,7 +367,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
-            let changing = change.size.and_then(|_| front.known.change(ino.0, caller.pid));
+            let changing = change.size.and_then(|_| front.change(ino.0, caller.pid));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
@@ -448,6 +458,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let truncate = flags.0 & nix::libc::O_TRUNC != 0;
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
+            let changing = truncate.then(|| front.change(ino.0, caller.pid));
             let result = async {
                 if truncate {
                     // The kernel leaves it to us what else a truncation does.
@@ -456,7 +467,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 }
                 front.fs.open(node, translate::open_flags(flags)).await
             };
-            match result.await {
+            let result = result.await;
+            drop(changing);
+            match result {
                 Ok(attributes) => {
                     reply.opened(front.handles.open(ino.0, direct, flags.0), front.open_flags(caller.pid, &attributes, direct));
                 }
@@ -551,7 +564,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let changing = front.known.change(ino.0, caller.pid);
+            let changing = front.change(ino.0, caller.pid);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
@@ -856,7 +869,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
-            let changing = front.known.change(ino.0, caller.pid);
+            let changing = front.change(ino.0, caller.pid);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
@@ -905,7 +918,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            let changing = front.known.change(to.0, caller.pid);
+            let changing = front.change(to.0, caller.pid);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;

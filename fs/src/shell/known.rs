@@ -8,7 +8,7 @@
 //!   revocation, which then tells the kernel (or waits). So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
-//! - A file's attributes are believed only while its pages are as new as they are.
+//! - A file's attributes are believed only while its pages are as new as they are, and nobody on this node changes its data.
 //! - A `read()` through the page cache goes on only when the kernel has surely taken in the size that goes with its answer, and
 //!   has no older pages; else it is *doubtful*, and waits until the kernel was made to (`notify`).
 //!
@@ -370,7 +370,8 @@ impl Known {
         }
         inode.send(answer, current);
         let has_other_pages = answer.version.is_some_and(|version| inode.has_other_pages(version));
-        let lifetime = if current && inode.settled && !has_other_pages { ttl } else { Duration::ZERO };
+        let may_believe = inode.settled && !has_other_pages && !inode.unheard().is_some_and(Unheard::is_under_change);
+        let lifetime = if current && may_believe { ttl } else { Duration::ZERO };
         inode.attributes |= !lifetime.is_zero();
         if inode.lookups == 0 && !was_known {
             // Not looked up (the root, or a race with FORGET): keep the entry, the root's is never forgotten; others go with
@@ -437,13 +438,14 @@ impl Known {
     }
 
     /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before
-    /// that, or the thread's next request would meet it. `None`: the kernel does not know the file.
-    pub(crate) fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
+    /// that, or the thread's next request would meet it. `None`: the kernel does not know the file. True: the attributes that it
+    /// believes must be invalidated first, since others may see the change before the thread takes in that it was made.
+    pub(crate) fn change(&self, ino: u64, thread: u32) -> (Option<Changing<'_>>, bool) {
         let mut shard = self.shard(ino).lock();
-        let inode = shard.get_mut(&ino)?;
+        let Some(inode) = shard.get_mut(&ino) else { return (None, false) };
         inode.hear(thread);
         inode.rest().unheard.begin_change();
-        Some(Changing { known: self, ino, thread })
+        (Some(Changing { known: self, ino, thread }), std::mem::take(&mut inode.attributes))
     }
 
     /// A thread asks something else about an inode.
@@ -742,8 +744,15 @@ mod tests {
     fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
         let known = Known::new();
         known.tell(known.begin(), 7, look_up(2, 1), TTL);
-        drop(known.change(7, 2));
+        let ask = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
+        let (changing, believed) = known.change(7, 2);
+        assert!(believed, "what would be older than what others can read soon");
+        assert_eq!(ask(1), Duration::ZERO);
+        assert!(!known.change(7, 3).1);
+        known.hear(7, 3);
+        drop(changing);
         assert!(known.is_changing(7), "it may not have taken that in");
+        assert_eq!(ask(1), TTL);
         known.hear(7, 2);
         assert!(!known.is_changing(7));
         assert!(known.shard(7).lock().get(&7).is_some_and(|inode| inode.rest.is_none()));

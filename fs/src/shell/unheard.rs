@@ -131,6 +131,11 @@ impl Unheard {
         self.changing > 0 || self.sent.iter().any(|s| s.kind == Kind::Change)
     }
 
+    /// Whether a change is under way.
+    pub(super) fn is_under_change(&self) -> bool {
+        self.changing > 0
+    }
+
     /// Whether somebody was told something that has not been taken back since.
     pub(super) fn may_settle(&self) -> bool {
         self.sent.iter().any(|s| matches!(s.kind, Kind::Ordinary { settles: true, .. } | Kind::Forced { settles: true }))
