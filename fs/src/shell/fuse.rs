@@ -315,10 +315,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             if handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle)) {
                 return reply.error(Errno::EIO);
             }
-            let is_ours = front.notify.is_ours(caller.pid);
+            let is_ours = front.notify.recognise(caller.pid);
             let answer = Front::<D>::answer(caller.pid, &attributes, false, if is_ours { How::Ours } else { How::Ordinary });
             if let Some(version) = answer.version.filter(|_| !is_ours && (handle.is_some() || front.notify.sees()))
-                && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version, handle.is_some())
+                && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version)
             {
                 // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
                 let renewed = front.notify.renew(ino.0, version, doubt == Doubt::WillBeLost).await;
@@ -657,7 +657,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn opendir(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         operation!(self, request, |front, start, caller| {
-            if front.notify.is_ours(caller.pid) {
+            if front.notify.recognise(caller.pid) {
                 return reply.opened(PROBES, FopenFlags::empty());
             }
             // A directory that is open can be asked for what it is, and has nothing in it, when it has been removed.

@@ -75,7 +75,8 @@ pub(crate) struct Answer {
 pub(crate) enum Doubt {
     /// A purge has overtaken it.
     WillBeLost,
-    /// The `read()` that asks may go on without it, or with pages of other data.
+    /// A `read()` may go on without it, or with pages of other data; so may what comes after any question and does not ask itself
+    /// (loads through a mapping, `sendfile`).
     MayBeLost,
 }
 
@@ -382,12 +383,14 @@ impl Known {
     }
 
     /// Why a GETATTR that began at `start` must not be answered before the kernel was made to take this version in.
-    pub(crate) fn doubt(&self, start: Moment, ino: u64, thread: u32, version: u64, for_read: bool) -> Option<Doubt> {
+    pub(crate) fn doubt(&self, start: Moment, ino: u64, thread: u32, version: u64) -> Option<Doubt> {
         let mut shard = self.shard(ino).lock();
         let inode = shard.get_mut(&ino)?;
         inode.hear(thread);
         let will_be_lost = inode.purging > 0 || inode.purged > start.0;
-        let doubtful = for_read && (inode.taken_in() < Some(version) || inode.has_other_pages(version));
+        // The answer of who is alone is not lost: nothing overtakes it, and nothing is invalidated that is not believed.
+        let may_be_lost = inode.taken_in() < Some(version) && !inode.unheard().is_none_or(Unheard::is_empty);
+        let doubtful = may_be_lost || inode.has_other_pages(version);
         if will_be_lost { Some(Doubt::WillBeLost) } else { doubtful.then_some(Doubt::MayBeLost) }
     }
 
@@ -687,18 +690,25 @@ mod tests {
     #[test]
     fn a_read_waits_until_the_kernel_has_its_version_and_no_other_pages() {
         let known = Known::new();
-        let doubt = |start, for_read| known.doubt(start, 7, 2, 4, for_read);
-        let doubtful = |thread, version| known.doubt(known.begin(), 7, thread, version, true).is_some();
+        let doubt = |start| known.doubt(start, 7, 2, 4);
+        let doubtful = |thread, version| known.doubt(known.begin(), 7, thread, version).is_some();
         known.tell(known.begin(), 7, look_up(1, 1), TTL);
         known.tell_pages(7, 1, 1);
         assert!(!doubtful(2, 1), "it was made with that");
         assert!(doubtful(2, 2) && known.is_behind(7, 2));
-        assert_eq!(doubt(known.begin(), false), None, "who does not read is told by the answer");
         // Somebody was told and may not have taken it in; heard, he has; but the pages may still be the old ones.
         known.tell(known.begin(), 7, answer(3, 2), TTL);
         assert!(known.is_behind(7, 2));
         known.hear(7, 3);
         assert!(doubtful(2, 2) && known.is_behind(7, 2));
+        // Without pages it matters only who else is about.
+        known.tell(known.begin(), 8, look_up(1, 1), TTL);
+        let alone = || known.doubt(known.begin(), 8, 1, 2).is_none();
+        assert!(alone());
+        known.tell(known.begin(), 8, answer(2, 2), TTL);
+        assert!(!alone(), "the other's answer may make the kernel lose this one");
+        known.hear(8, 2);
+        assert!(alone());
         // The kernel is asked by a thread of ours (9), and another one is told of something newer beside.
         let ours = |version| Answer { how: How::Ours, ..answer(9, version) };
         known.tell(known.begin(), 7, ours(3), TTL);
@@ -708,11 +718,11 @@ mod tests {
         let start = known.begin();
         assert!(known.took_in(7, 9, false));
         // Who asked before the purge will lose the answer, whatever it is for.
-        assert_eq!(doubt(start, false), Some(Doubt::WillBeLost));
+        assert_eq!(doubt(start), Some(Doubt::WillBeLost));
         assert!(known.is_behind(7, 4));
         known.tell_pages(7, 2, 4);
         known.purged(7);
-        assert_eq!(doubt(start, true), Some(Doubt::WillBeLost));
+        assert_eq!(doubt(start), Some(Doubt::WillBeLost));
         assert!(!doubtful(2, 4) && !known.is_behind(7, 4));
         assert!(doubtful(2, 5), "pages that were read while the others were purged");
     }

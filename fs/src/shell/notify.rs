@@ -17,13 +17,15 @@
 
 use super::known::{Known, Refresh, Revocation};
 use super::probe::{Probe, Unseen};
+use fuser::INodeNo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::gettid;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -32,11 +34,15 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 const QUEUE_MAX: usize = 1024;
 /// Threads for purges that answers wait for, each for a part of the inodes: where one waits for a token others need not.
 const LANES: usize = 4;
-/// How often the kernel is asked until it has what it was told, all of it and then at least the size. Between two times a
-/// thread that keeps it from that (it changes the file) is given the processor, later for `PAUSE`.
-const WHOLE_MAX: usize = 20;
-const SIZE_MAX: usize = 200;
-const PAUSE: Duration = Duration::from_micros(100);
+/// How often in a row the kernel is asked until it has what it was told. While a thread sets the file's size it takes in nothing.
+const ASKED_MAX: usize = 10;
+/// Pause between two such rows, in which others have their turn.
+const ASK_AGAIN: Duration = Duration::from_millis(1);
+/// Rows after which it need only have the size: who writes all the time makes it lose nearly all answers.
+const WHOLE_MAX: usize = 10;
+/// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
+const ROWS_MAX: usize = 1000;
+
 /// The kernel may still be about to take in an answer that was sent just before a revocation; it is told again after these
 /// delays. Milliseconds; longer than any delay in scheduling a woken thread that is not itself a failure.
 const AGAIN_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 300];
@@ -92,10 +98,21 @@ fn known(result: io::Result<()>) -> io::Result<bool> {
     }
 }
 
+/// What the kernel is to take in.
+#[derive(Clone, Copy, Debug)]
+struct Renewal {
+    ino: u64,
+    version: u64,
+    /// Whatever it has.
+    anew: bool,
+    /// All of it, not just the size.
+    whole: bool,
+}
+
 #[derive(Debug)]
 enum Job {
-    /// Make the kernel take in this version (if the last is true, anew, whatever it has) and purge what is older.
-    Renew(u64, u64, bool, oneshot::Sender<Result<(), Unseen>>),
+    /// Make the kernel take in a version and purge what is older; tells whether it has.
+    Renew(Renewal, oneshot::Sender<Result<bool, Unseen>>),
     /// Purge if that is to be done just now; tells what was.
     Refresh(u64, Revocation, oneshot::Sender<Refresh>),
 }
@@ -108,16 +125,20 @@ pub(crate) struct Notify {
     urgent: [mpsc::Sender<Job>; LANES],
     /// Their threads' numbers.
     threads: Arc<[AtomicU32; LANES]>,
+    /// A request of theirs was recognised.
+    recognised: AtomicBool,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     /// Room for refreshes that wait for their time.
     refreshes: Arc<Semaphore>,
     probe: Arc<Probe>,
+    known: Arc<Known>,
     runtime: Handle,
 }
 
 impl Notify {
-    pub(crate) fn new(fd: OwnedFd, known: &Arc<Known>, probe: Arc<Probe>, runtime: Handle) -> io::Result<Self> {
+    pub(crate) fn new(fd: OwnedFd, known: &Arc<Known>, directory: Option<PathBuf>, runtime: Handle) -> io::Result<Self> {
+        let probe = Arc::new(Probe::new(directory));
         let device = Arc::new(Device::new(fd));
         let threads: Arc<[AtomicU32; LANES]> = Arc::default();
         let lane = |name: &str, number: Option<usize>| {
@@ -141,17 +162,32 @@ impl Notify {
         ];
         let casual = lane("pulsar-refresh", None)?;
         let refreshes = Arc::new(Semaphore::new(QUEUE_MAX));
-        Ok(Notify { device, urgent, threads, casual, refreshes, probe, runtime })
+        let recognised = AtomicBool::new(false);
+        Ok(Notify { device, urgent, threads, recognised, casual, refreshes, probe, known: known.clone(), runtime })
     }
 
-    /// Whether a thread is one of those that ask the kernel on our own behalf.
-    pub(crate) fn is_ours(&self, thread: u32) -> bool {
-        self.threads.iter().any(|t| t.load(Ordering::SeqCst) == thread)
+    /// Whether a request comes from a thread of ours. None does if the kernel names threads by other numbers than this process
+    /// sees; so unless one was recognised none must be waited for without need.
+    pub(crate) fn recognise(&self, thread: u32) -> bool {
+        let is_ours = self.threads.iter().any(|t| t.load(Ordering::SeqCst) == thread);
+        if is_ours && !self.recognised.load(Ordering::Relaxed) {
+            self.recognised.store(true, Ordering::Relaxed);
+        }
+        is_ours
     }
 
-    /// Whether the kernel can be asked. Until it was once, that is not known.
+    /// Whether the kernel can be asked, and its questions recognised.
     pub(crate) fn sees(&self) -> bool {
-        self.probe.sees()
+        self.recognised.load(Ordering::Relaxed)
+    }
+
+    /// The mount is served from now on. Finds out whether the kernel can be asked; may wait for the cluster.
+    pub(crate) fn look(&self) {
+        if let Err(error) = self.probe.look() {
+            tracing::warn!(%error, "cannot look at the mount");
+        }
+        let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: true };
+        let _ = self.urgent[0].blocking_send(Job::Renew(renewal, oneshot::channel().0));
     }
 
     /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
@@ -182,13 +218,22 @@ impl Notify {
     /// # Errors
     /// The kernel cannot be asked. Nothing was done.
     pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
-        let (done, wait) = oneshot::channel();
-        // Inodes made one after the other differ in their low bits.
-        let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
-        if lane.send(Job::Renew(ino, version, anew, done)).await.is_err() {
-            return Err(Unseen);
+        for row in 0.. {
+            let (done, wait) = oneshot::channel();
+            let renewal = Renewal { ino, version, anew, whole: row < WHOLE_MAX };
+            // Inodes made one after the other differ in their low bits.
+            let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
+            let sent = lane.send(Job::Renew(renewal, done)).await;
+            if sent.is_err() || wait.await.unwrap_or(Err(Unseen))? {
+                break;
+            }
+            if row >= ROWS_MAX && !self.known.is_changing(ino) {
+                tracing::debug!(ino, "the kernel did not take in the attributes that it asked for");
+                return Err(Unseen);
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
         }
-        wait.await.unwrap_or(Err(Unseen))
+        Ok(())
     }
 
     /// Purges the pages of revoked inodes some time soon for the sake of memory mappings, unless there is too much to do.
@@ -232,8 +277,8 @@ impl Lane {
     fn run(&self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(job) = jobs.blocking_recv() {
             match job {
-                Job::Renew(ino, version, anew, done) => {
-                    let _ = done.send(self.renew(ino, version, anew));
+                Job::Renew(renewal, done) => {
+                    let _ = done.send(self.renew(renewal));
                 }
                 Job::Refresh(ino, revocation, answer) => {
                     let what = self.known.refresh(ino, revocation, || !self.device.has_requests());
@@ -246,28 +291,27 @@ impl Lane {
         }
     }
 
-    fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
-        for attempt in 0..WHOLE_MAX + SIZE_MAX {
+    fn renew(&self, renewal: Renewal) -> Result<bool, Unseen> {
+        let Renewal { ino, version, anew, whole } = renewal;
+        for _ in 0..ASKED_MAX {
             // Perhaps it was done for somebody else meanwhile.
             let is_behind = self.known.is_behind(ino, version);
-            let Some(generation) = self.known.generation(ino).filter(|_| is_behind || anew) else { return Ok(()) };
+            let Some(generation) = self.known.generation(ino).filter(|_| is_behind || anew) else { return Ok(true) };
             let seen = self.probe.ask(ino, generation)?;
             // Who extends the file now is taken in without being told.
             let has_size = seen.has.size == seen.told.size || seen.has.size > seen.told.size && self.known.is_changing(ino);
-            let patient = attempt < WHOLE_MAX;
-            if seen.has == seen.told || !patient && has_size {
+            if seen.has == seen.told || !whole && has_size {
                 if !is_behind {
-                    return Ok(());
+                    return Ok(true);
                 }
-                if self.known.took_in(ino, self.thread, !patient) {
+                if self.known.took_in(ino, self.thread, !whole) {
                     self.purge(ino);
-                    return Ok(());
+                    return Ok(true);
                 }
             }
-            if patient { std::thread::yield_now() } else { std::thread::sleep(PAUSE) }
+            std::thread::yield_now();
         }
-        tracing::debug!(ino, "the kernel did not take in the attributes that it asked for");
-        Err(Unseen)
+        Ok(false)
     }
 
     /// Drops pages; the purge was noted before.

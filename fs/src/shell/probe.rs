@@ -22,7 +22,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The kernel cannot be asked: the mount is not to be seen from here, or this process may not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,27 +52,20 @@ pub(crate) struct Probe {
     directory: Option<PathBuf>,
     /// The mount's, once it is served.
     device: OnceLock<Device>,
-    /// It worked.
-    sees: AtomicBool,
 }
 
 impl Probe {
     /// For a mount on this directory, if it is known.
     pub(crate) fn new(directory: Option<PathBuf>) -> Self {
-        Probe { directory, device: OnceLock::new(), sees: AtomicBool::new(false) }
+        Probe { directory, device: OnceLock::new() }
     }
 
-    /// Notes which device the mount is, now that it answers. Until then nothing is asked.
+    /// Notes which device the mount is, now that it answers, which this waits for. Until then nothing is asked.
     pub(crate) fn look(&self) -> io::Result<()> {
         let Some(directory) = &self.directory else { return Ok(()) };
         let root = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let _ = self.device.set(statx(&root, libc::AT_STATX_DONT_SYNC)?.0);
+        let _ = self.device.set(statx(&root, libc::AT_STATX_FORCE_SYNC)?.0);
         Ok(())
-    }
-
-    /// Whether the kernel was asked with success before.
-    pub(crate) fn sees(&self) -> bool {
-        self.sees.load(Ordering::Relaxed)
     }
 
     /// Has the kernel ask us for an inode's attributes, on this thread, and tells what it has then.
@@ -92,16 +84,10 @@ impl Probe {
             let has = statx(&inode, libc::AT_STATX_DONT_SYNC)?.1;
             Ok(Seen { told, has })
         };
-        match ask() {
-            Ok(seen) => {
-                self.sees.store(true, Ordering::Relaxed);
-                Ok(seen)
-            }
-            Err(error) => {
-                tracing::debug!(ino, %error, "cannot ask the kernel for attributes");
-                Err(Unseen)
-            }
-        }
+        ask().map_err(|error| {
+            tracing::debug!(ino, %error, "cannot ask the kernel for attributes");
+            Unseen
+        })
     }
 }
 

@@ -11,7 +11,6 @@ use super::handles::Handles;
 use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
-use super::probe::Probe;
 use super::translate::Identity;
 use crate::{AccessTimes, FileSystem, Ino};
 use fuser::{Config, Session, SessionACL};
@@ -96,8 +95,7 @@ impl<D: Disk> Server<D> {
         let runtime = Handle::current();
         self.fs.keep_access_times(options.access_times);
         let known = Arc::new(Known::new());
-        let probe = Arc::new(Probe::new(options.directory.clone()));
-        let notify = Notify::new(fuse.try_clone()?, &known, probe.clone(), runtime.clone())?;
+        let notify = Notify::new(fuse.try_clone()?, &known, options.directory.clone(), runtime.clone())?;
         let (stop, stopped) = watch::channel(false);
         let (state, states) = watch::channel(State::Starting);
         let identity = Identity::new(self.fs.root(), known.clone());
@@ -156,10 +154,8 @@ impl<D: Disk> Server<D> {
                 if let Some(directory) = directory {
                     // Beside the session, since it looks at the mount.
                     std::thread::Builder::new().name("pulsar-tune".to_owned()).spawn(move || {
-                        if let Err(error) = probe.look() {
-                            tracing::warn!(%error, directory = %directory.display(), "cannot look at the mount");
-                        }
                         mount::raise_read_ahead(&directory);
+                        front.notify.look();
                     })?;
                 }
                 session.run()
