@@ -35,6 +35,16 @@ impl Service {
     /// All services.
     pub const ALL: [Service; 6] =
         [Service::Membership, Service::Raft, Service::Mirror, Service::Token, Service::Lock, Service::Admin];
+
+    /// The version of its messages: raised with every change of their encoding. A peer of another one is refused by name.
+    #[must_use]
+    pub fn version(self) -> u8 {
+        match self {
+            // 2: the two spaces of locks, searches for circles. 3: what had no room is repeated.
+            Service::Lock => 3,
+            _ => 1,
+        }
+    }
 }
 
 /// A message: an encoded head, and bulk data that is carried as it is (whole blocks, not copied into the head).

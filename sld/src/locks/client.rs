@@ -133,7 +133,7 @@ impl LockClient {
         }
     }
 
-    /// The session with a master is over: what was under way may be lost.
+    /// The session with a master is over, or it had no room: what was under way may be lost.
     pub fn session_ended(&mut self, node: NodeId, master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
         if self.members.contains(&node) {
             self.repeat_to(node, master_of, out);
@@ -239,6 +239,7 @@ impl LockClient {
     pub fn receive(&mut self, from: NodeId, message: LockMessage, master_of: MasterOf<'_>, out: &mut Vec<LockOutput>) {
         match message {
             LockMessage::Answer { epoch, ticket, answer } if epoch == self.epoch => self.answer(from, ticket, answer, out),
+            LockMessage::Again { epoch } if epoch == self.epoch => self.session_ended(from, master_of, out),
             LockMessage::InTheWay { epoch, chase, owners } if epoch == self.epoch => self.chase(chase, &owners, master_of, out),
             LockMessage::Circle { epoch, ticket } if epoch == self.epoch => {
                 if let Some(p) = self.pending.get_mut(&ticket).filter(|p| p.waits()) {

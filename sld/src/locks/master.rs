@@ -113,7 +113,10 @@ impl LockMaster {
                 self.chase(chase, target, from, ticket, out);
                 None
             }
-            LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. } => None,
+            LockMessage::Answer { .. }
+            | LockMessage::InTheWay { .. }
+            | LockMessage::Circle { .. }
+            | LockMessage::Again { .. } => None,
         }
     }
 
@@ -134,6 +137,12 @@ impl LockMaster {
             nodes.entry(owner.node).or_default().push(owner.id);
         }
         out.extend(nodes.into_iter().map(|(node, owners)| (node, LockMessage::InTheWay { epoch, chase, owners })));
+    }
+
+    /// Whether a request waits here; for checks.
+    #[must_use]
+    pub fn has_waiter(&self, node: NodeId, ticket: u64) -> bool {
+        self.targets.values().flat_map(|o| &o.waiters).any(|w| w.owner.node == node && w.ticket == ticket)
     }
 
     /// Who waits for whom, of those who must not do so in a circle; for checks.

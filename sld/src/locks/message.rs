@@ -1,7 +1,7 @@
 //! Messages of the lock service (`Service::Lock`), encoded with `postcard`.
 //!
 //! Every message carries the epoch of its sender; a master acts only on those of its own epoch, and a client repeats what
-//! is unanswered when its epoch changes, or a session ends. What is repeated may have arrived before: requests are named by
+//! is unanswered when its epoch changes, a session ends, or a master asks for it. What is repeated may have arrived before: requests are named by
 //! tickets, and a master answers one that it has answered again in the same way, without doing it again.
 
 use super::table::{HeldLock, LockKind, LockRange};
@@ -101,6 +101,15 @@ pub struct Chase {
     pub victim: (LockOwner, u64),
 }
 
+impl LockMessage {
+    /// Whether it is for a client; the others are for a master.
+    #[must_use]
+    pub fn is_for_client(&self) -> bool {
+        use LockMessage::{Again, Answer, Circle, InTheWay};
+        matches!(self, Answer { .. } | InTheWay { .. } | Circle { .. } | Again { .. })
+    }
+}
+
 /// A message of the service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LockMessage {
@@ -163,6 +172,11 @@ pub enum LockMessage {
         /// The request's name.
         ticket: u64,
     },
+    /// Master to client: there was no room for requests that came before the epoch had recovered. All is to be repeated.
+    Again {
+        /// The master's epoch.
+        epoch: Epoch,
+    },
     /// Master to client: a search has gone round a circle, of which this request is to be given up.
     Circle {
         /// The master's epoch.
@@ -170,4 +184,44 @@ pub enum LockMessage {
         /// The request's name.
         ticket: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A change of these bytes is a change of the wire: raise the version of `Service::Lock` (`cluster::Service::version`).
+    #[test]
+    fn the_encoding_is_that_of_the_version() {
+        let target = LockTarget { object: ObjectId::Inode(300), space: LockSpace::Flock };
+        let owner = LockOwner { node: NodeId(1), incarnation: Incarnation(2), id: 3 };
+        let range = LockRange { start: 4, end: 5 };
+        let held = HeldLock { owner, range, kind: LockKind::Write, pid: 6 };
+        let (epoch, ticket) = (Epoch(7), 8);
+        let chase = Chase { owner, ticket, round: 9, victim: (owner, 10) };
+        let lock = LockRequest::Lock { kind: LockKind::Read, pid: 6, wait: Wait::UnlessDeadlock };
+        let answer = LockAnswer::Conflict(held.clone());
+        let messages = [
+            LockMessage::Request { epoch, ticket, target, owner, range, request: lock, answered: vec![11] },
+            LockMessage::Answer { epoch, ticket, answer },
+            LockMessage::Reassert {
+                epoch,
+                incarnation: Incarnation(2),
+                locks: vec![(target, held)],
+                pending: vec![12],
+                last: true,
+            },
+            LockMessage::InTheWay { epoch, chase, owners: vec![13] },
+            LockMessage::Waits { epoch, chase, target, ticket },
+            LockMessage::Again { epoch },
+            LockMessage::Circle { epoch, ticket },
+        ];
+        let hex = |message: &LockMessage| -> String {
+            postcard::to_stdvec(message).unwrap().iter().map(|byte| format!("{byte:02x}")).collect()
+        };
+        const EXPECTED: &str = "00070800ac0201010203040500000602010b 0107080101020304050106 0207020100ac020101020304050106010c01 \
+                                030701020308090102030a010d 040701020308090102030a00ac020108 0507 060708";
+        let encoded: Vec<String> = messages.iter().map(hex).collect();
+        assert_eq!((cluster::Service::Lock.version(), encoded.join(" ").as_str()), (3, EXPECTED));
+    }
 }

@@ -7,11 +7,13 @@
 //! A node that is cut off loses its locks with its membership.
 
 pub mod client;
+pub mod early;
 pub mod master;
 pub mod message;
 pub mod table;
 
 pub use client::{LockClient, LockOutput};
+pub use early::Waiting;
 pub use master::LockMaster;
 pub use message::{Chase, LockAnswer, LockMessage, LockOwner, LockRequest, LockSpace, LockTarget, Wait};
 pub use table::{HeldLock, LockKind, LockRange, LockTable};
@@ -32,7 +34,9 @@ mod tests {
         adopted: BTreeMap<NodeId, (u64, BTreeMap<NodeId, Incarnation>)>,
         clients: BTreeMap<NodeId, LockClient>,
         masters: BTreeMap<NodeId, LockMaster>,
-        early: BTreeMap<NodeId, Vec<(NodeId, LockMessage)>>,
+        early: BTreeMap<NodeId, Waiting>,
+        /// Times when a master had no room for what came early.
+        dropped: u64,
         wire: BTreeMap<(NodeId, NodeId), VecDeque<LockMessage>>,
         /// Requests without an answer: whose, the client's ticket, and for which owner.
         open: BTreeMap<(NodeId, u64), u64>,
@@ -52,6 +56,11 @@ mod tests {
 
     impl World {
         fn new(seed: u64) -> World {
+            Self::with_room(seed, usize::MAX)
+        }
+
+        /// `room`: for requests that come to a master early.
+        fn with_room(seed: u64, room: usize) -> World {
             let mut w = World {
                 random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
                 epoch: 0,
@@ -59,7 +68,8 @@ mod tests {
                 adopted: NODES.iter().map(|n| (*n, (0, BTreeMap::new()))).collect(),
                 clients: NODES.iter().map(|n| (*n, LockClient::new(*n))).collect(),
                 masters: NODES.iter().map(|n| (*n, LockMaster::default())).collect(),
-                early: BTreeMap::new(),
+                early: NODES.iter().map(|n| (*n, Waiting::new(room))).collect(),
+                dropped: 0,
                 wire: BTreeMap::new(),
                 open: BTreeMap::new(),
                 granted: 0,
@@ -124,13 +134,13 @@ mod tests {
         }
 
         fn retry_early(&mut self, node: NodeId) {
+            self.bring(node, None);
+        }
+
+        fn bring(&mut self, node: NodeId, message: Option<(NodeId, LockMessage)>) {
             let mut sends = Vec::new();
             let master = self.masters.get_mut(&node).unwrap();
-            let mut still = Vec::new();
-            for (from, m) in self.early.remove(&node).unwrap_or_default() {
-                still.extend(master.receive(from, m, &mut sends));
-            }
-            self.early.insert(node, still);
+            self.dropped += u64::from(self.early.get_mut(&node).unwrap().bring(master, message, &mut sends));
             let outputs = sends.into_iter().map(|(n, m)| LockOutput::Send(n, m)).collect();
             self.perform(node, outputs);
         }
@@ -142,27 +152,16 @@ mod tests {
         /// Delivers the next message of one direction.
         fn deliver(&mut self, from: NodeId, to: NodeId) {
             let Some(m) = self.wire.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
-            if !self.is_in(to) {
-                return;
-            }
-            let mut out = Vec::new();
-            if matches!(m, LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. }) {
+            if m.is_for_client() {
+                if !self.is_in(to) {
+                    return;
+                }
+                let mut out = Vec::new();
                 let place = self.adopted[&to].1.clone();
                 self.clients.get_mut(&to).unwrap().receive(from, m, &|o| master_of(&place, o), &mut out);
                 return self.perform(to, out);
             }
-            let mut sends = Vec::new();
-            let master = self.masters.get_mut(&to).unwrap();
-            let was = master.recovered();
-            if let Some(early) = master.receive(from, m, &mut sends) {
-                self.early.entry(to).or_default().push(early);
-            }
-            let now = master.recovered();
-            let outputs = sends.into_iter().map(|(n, m)| LockOutput::Send(n, m)).collect();
-            self.perform(to, outputs);
-            if now && !was {
-                self.retry_early(to);
-            }
+            self.bring(to, Some((from, m)));
         }
 
         fn lose_session(&mut self, a: NodeId, b: NodeId) {
@@ -292,6 +291,14 @@ mod tests {
             }
         }
 
+        /// Without another epoch, a lost session or a cancel: who has no answer waits at a master.
+        fn check_waiters(&self) {
+            for (node, ticket) in self.open.keys().filter(|(node, _)| self.is_in(*node)) {
+                let waits = self.up.keys().any(|master| self.masters[master].has_waiter(*node, *ticket));
+                assert!(waits, "{node:?} has no answer to {ticket}, and nobody knows");
+            }
+        }
+
         /// Nobody waits for himself, by way of others or not.
         fn check_circles(&self) {
             let waits: BTreeSet<(LockOwner, LockOwner)> = self.up.keys().flat_map(|n| self.masters[n].waits()).collect();
@@ -340,5 +347,28 @@ mod tests {
             granted += w.granted;
         }
         assert!(granted > 10_000, "the schedule hardly grants anything: {granted}");
+    }
+
+    #[test]
+    fn requests_that_found_no_room_before_the_epoch_had_recovered_are_repeated() {
+        let mut dropped = 0;
+        for seed in 1..=300 {
+            let mut w = World::with_room(seed, 1);
+            for round in 0..12 {
+                for _ in 0..50 {
+                    w.step();
+                }
+                if round % 4 == 3 {
+                    for node in w.up.clone().into_keys() {
+                        w.adopt(node);
+                    }
+                    w.drain();
+                    w.check_waiters();
+                }
+            }
+            w.settle();
+            dropped += w.dropped;
+        }
+        assert!(dropped > 300, "there was nearly always room: {dropped}");
     }
 }

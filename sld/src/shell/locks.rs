@@ -1,14 +1,13 @@
 //! `Locks`: one node's part in the cluster-wide byte-range locks. Runs the cores of `crate::locks`.
 //!
 //! Invariants:
-//! - Messages that came too early are brought to the master again in the order in which they came, before any later one.
 //! - A wait that is interrupted ends with the master's word on whether the lock was granted first. One whose future is
 //!   dropped is cancelled, and the range given up.
 
 use crate::api::{DiskError, ObjectId};
 use crate::locks::master::Early;
 use crate::locks::{
-    LockAnswer, LockClient, LockKind, LockMaster, LockMessage, LockOutput, LockRange, LockRequest, LockTarget, Wait,
+    LockAnswer, LockClient, LockKind, LockMaster, LockMessage, LockOutput, LockRange, LockRequest, LockTarget, Wait, Waiting,
 };
 use crate::message::Membership;
 use cluster::{Cluster, Epoch, Layer, Message, NodeId, Peer, Receiver, Service, Transport, View};
@@ -19,20 +18,19 @@ use std::sync::{Arc, Weak};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-/// The most messages that may wait for this node to adopt their epoch, or for everybody to re-assert.
+/// The most requests that may wait for this node to adopt their epoch, or for everybody to re-assert.
 const EARLY_MAX: usize = 262_144;
 
 /// Told of objects on which this node's locks are gone, since it was cut off. Says whether it wants to hear of the next, too.
 pub type LostLocks = Box<dyn Fn(&[ObjectId]) -> bool + Send + Sync>;
 
-#[derive(Default)]
 struct State {
     client: LockClient,
     master: LockMaster,
     membership: Membership,
     /// The epoch that the cores are in.
     epoch: Epoch,
-    early: Vec<Early>,
+    early: Waiting,
     waiters: BTreeMap<u64, oneshot::Sender<LockAnswer>>,
 }
 
@@ -56,7 +54,14 @@ impl Locks {
     pub fn start(cluster: Arc<dyn Cluster>) -> Arc<Locks> {
         let node = Arc::new(Node {
             transport: cluster.transport(),
-            state: Mutex::new(State { client: LockClient::new(cluster.local()), ..State::default() }),
+            state: Mutex::new(State {
+                client: LockClient::new(cluster.local()),
+                master: LockMaster::default(),
+                membership: Membership::default(),
+                epoch: Epoch::default(),
+                early: Waiting::new(EARLY_MAX),
+                waiters: BTreeMap::new(),
+            }),
             lost: Mutex::default(),
             cluster,
         });
@@ -235,27 +240,10 @@ impl Node {
 
     /// Brings messages to the master, behind those that came too early before them.
     fn bring(&self, state: &mut State, message: Option<Early>) {
-        let mut waiting = std::mem::take(&mut state.early);
-        waiting.extend(message);
         let mut sends = Vec::new();
-        loop {
-            let recovered = state.master.recovered();
-            let before = waiting.len();
-            let mut still = Vec::new();
-            for (from, message) in waiting {
-                still.extend(state.master.receive(from, message, &mut sends));
-            }
-            waiting = still;
-            // The last re-assertion lets in what came before it.
-            if waiting.is_empty() || (waiting.len() == before && recovered == state.master.recovered()) {
-                break;
-            }
+        if state.early.bring(&mut state.master, message, &mut sends) {
+            tracing::error!("too many lock requests wait for the epoch to recover; the newest are to be repeated then");
         }
-        if waiting.len() > EARLY_MAX {
-            tracing::error!("too many lock requests wait for the epoch to recover; the newest are dropped");
-            waiting.truncate(EARLY_MAX);
-        }
-        state.early = waiting;
         for (to, message) in sends {
             self.send(to, &message);
         }
@@ -323,7 +311,7 @@ impl Receiver for Inbox {
         };
         let reassert = matches!(message, LockMessage::Reassert { .. });
         node.step(|s, out| {
-            if matches!(message, LockMessage::Answer { .. } | LockMessage::InTheWay { .. } | LockMessage::Circle { .. }) {
+            if message.is_for_client() {
                 let State { client, membership, .. } = s;
                 client.receive(from.node, message, &|o| master_of(membership, o), out);
             } else {

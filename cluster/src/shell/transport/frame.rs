@@ -7,7 +7,7 @@
 //! | 4 | magic `PLSR` |
 //! | 2 | version of the framing |
 //! | 1 | service |
-//! | 1 | zero |
+//! | 1 | version of the service's messages |
 //! | 4 | the sender's node id |
 //! | 8 | its incarnation |
 //!
@@ -19,8 +19,8 @@ use crate::transport::{MESSAGE_BYTES_MAX, Message, Service};
 use bytes::{BufMut, Bytes, BytesMut};
 use std::io;
 
-/// Version of the framing; a peer of another one is refused.
-pub(super) const VERSION: u16 = 1;
+/// Version of the framing; a peer of another one is refused. (1 had no version of the service's messages.)
+pub(super) const VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"PLSR";
 const HELLO_BYTES: usize = 20;
 /// The most parts of a message: one per block of the largest group, and room.
@@ -45,7 +45,7 @@ impl Hello {
         b.put_slice(&MAGIC);
         b.put_u16_le(VERSION);
         b.put_u8(self.service as u8);
-        b.put_u8(0);
+        b.put_u8(self.service.version());
         b.put_u32_le(self.node.0);
         b.put_u64_le(self.incarnation.0);
         b.freeze()
@@ -58,6 +58,10 @@ impl Hello {
     pub(super) async fn read(stream: &mut quinn::RecvStream) -> io::Result<Hello> {
         let mut b = [0u8; HELLO_BYTES];
         stream.read_exact(&mut b).await.map_err(io::Error::other)?;
+        Hello::decode(&b)
+    }
+
+    fn decode(b: &[u8; HELLO_BYTES]) -> io::Result<Hello> {
         let (magic, rest) = b.split_at(4);
         if magic != MAGIC {
             return Err(invalid("this is not a stream of Pulsar"));
@@ -67,6 +71,11 @@ impl Hello {
             return Err(invalid(&format!("the peer speaks version {version} of the framing, this node version {VERSION}")));
         }
         let service = Service::ALL.into_iter().find(|s| *s as u8 == rest[2]).ok_or_else(|| invalid("unknown service"))?;
+        let (theirs, ours) = (rest[3], service.version());
+        if theirs != ours {
+            let what = format!("the peer speaks version {theirs} of the {service:?} messages, this node version {ours}");
+            return Err(invalid(&what));
+        }
         let node = NodeId(u32::from_le_bytes([rest[4], rest[5], rest[6], rest[7]]));
         let mut life = [0u8; 8];
         life.copy_from_slice(&rest[8..16]);
@@ -129,4 +138,28 @@ pub(super) async fn read(stream: &mut quinn::RecvStream) -> io::Result<Option<Me
     let head = body.split_to(head_len);
     let parts = lens.into_iter().map(|l| body.split_to(l)).collect();
     Ok(Some(Message { head, parts }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_of_another_version_is_refused_by_name() {
+        for service in Service::ALL {
+            let hello = Hello { service, node: NodeId(7), incarnation: Incarnation(8) };
+            let bytes: [u8; HELLO_BYTES] = hello.encode()[..].try_into().unwrap();
+            assert_eq!(Hello::decode(&bytes).unwrap(), hello);
+            let refused = |place: usize, value: u8| {
+                let mut other = bytes;
+                other[place] = value;
+                Hello::decode(&other).unwrap_err().to_string()
+            };
+            assert_eq!(refused(4, 1), "the peer speaks version 1 of the framing, this node version 2");
+            let (old, ours) = (service.version() - 1, service.version());
+            let expected = format!("the peer speaks version {old} of the {service:?} messages, this node version {ours}");
+            assert_eq!(refused(7, old), expected);
+            assert!(refused(0, 0).contains("not a stream of Pulsar"));
+        }
+    }
 }
