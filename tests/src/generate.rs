@@ -1,6 +1,6 @@
 //! Random sequences of operations from a seed, and their reduction to short ones that still fail.
 
-use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Special, Step, XattrHow};
+use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Special, Step, User, XattrHow};
 use crate::reference::Oracle;
 use cluster::sim::Rng;
 
@@ -21,11 +21,15 @@ pub struct Profile {
     pub exotic: bool,
     /// Whether `O_DIRECT` occurs, with any offset and length.
     pub direct: bool,
+    /// Whether others than root act, too (on mounts only).
+    pub users: bool,
 }
 
 impl Default for Profile {
     fn default() -> Self {
-        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent: 50, huge: true, exotic: true, direct: false }
+        let (data_percent, huge, exotic) = (50, true, true);
+        let (direct, users) = (false, false);
+        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent, huge, exotic, direct, users }
     }
 }
 
@@ -50,7 +54,15 @@ impl Generator {
     #[must_use]
     pub fn sequence(seed: u64, profile: Profile, len: usize) -> Vec<Step> {
         let mut generator = Self::new(seed, profile);
-        (0..len).map(|_| generator.next_step()).collect()
+        let mut steps = Vec::with_capacity(len);
+        if profile.users {
+            // The first directory is everybody's, or others than root could do nothing.
+            let op = Op::Chmod { path: String::new(), mode: 0o1777 - 0o1000 * (seed % 2) as u32 };
+            let _ = generator.oracle.run(0, &op);
+            steps.push(Step { node: 0, op });
+        }
+        steps.extend((0..len).map(|_| generator.next_step()));
+        steps
     }
 
     /// The next step, which is taken to happen.
@@ -63,7 +75,7 @@ impl Generator {
     pub fn next_step_on(&mut self, nodes: &[usize]) -> Step {
         loop {
             let node = self.rng.pick(nodes).copied().unwrap_or(0);
-            let op = self.op();
+            let op = if self.profile.users { self.op_of_somebody() } else { self.op() };
             if self.oracle.opens_unsuited(&op) {
                 continue;
             }
@@ -143,6 +155,30 @@ impl Generator {
             2 => self.rng.below(max) as u32 / 4096 * 4096,
             3 | 4 => self.rng.below(200) as u32,
             _ => self.rng.below(max) as u32,
+        }
+    }
+
+    /// Mostly not root's; and more of what rights depend on than by itself.
+    fn op_of_somebody(&mut self) -> Op {
+        let op = if self.rng.percent(12) { self.rights_op() } else { self.op() };
+        match self.rng.below(10) {
+            0..2 => op,
+            2..7 => Op::As { user: User { uid: 1000, gid: 1000 }, op: Box::new(op) },
+            _ => Op::As { user: User { uid: 2000, gid: 1000 }, op: Box::new(op) },
+        }
+    }
+
+    fn rights_op(&mut self) -> Op {
+        const DIRS: [u32; 8] = [0o777, 0o1777, 0o2777, 0o3775, 0o2770, 0o755, 0o711, 0o1770];
+        const FILES: [u32; 8] = [0o4755, 0o2755, 0o6777, 0o2745, 0o4644, 0o666, 0o640, 0o6711];
+        let is_dir = self.rng.percent(50);
+        let wanted = if is_dir { FileKind::Dir } else { FileKind::File };
+        let path = self.existing(|kind| kind == wanted).unwrap_or_else(|| "a".into());
+        let number = self.rng.below(8) as usize;
+        match self.rng.below(10) {
+            0..6 => Op::Chmod { path, mode: if is_dir { DIRS[number] } else { FILES[number] } },
+            6..9 => Op::Chown { path, uid: self.rng.below(3) as u32 * 1000, gid: self.rng.below(3) as u32 * 1000 },
+            _ => Op::Utimes { path, mtime: self.rng.next_u64() as u32 >> 1 },
         }
     }
 

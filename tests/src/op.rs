@@ -81,11 +81,33 @@ pub struct OpenHow {
     pub direct: bool,
 }
 
+/// Who does something; by default root. Without supplementary groups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct User {
+    /// Effective, and the file system's.
+    pub uid: u32,
+    /// The same.
+    pub gid: u32,
+}
+
+impl User {
+    /// Whether permissions do not hold for it.
+    #[must_use]
+    pub fn is_root(self) -> bool {
+        self.uid == 0
+    }
+}
+
 /// One file operation. Paths are relative to the root of the file system, without `.`, `..` or a slash at an end; the
 /// empty path is the root. A path's last symbolic link is not followed unless it says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Op {
+    /// Another operation, done by somebody else than root. On mounts only: it is the kernel that checks permissions.
+    As {
+        user: User,
+        op: Box<Op>,
+    },
     Mkdir {
         path: String,
         mode: u32,
@@ -237,11 +259,17 @@ pub enum Op {
 }
 
 impl Op {
+    /// What is done, whoever does it.
+    #[must_use]
+    pub fn inner(&self) -> &Op {
+        if let Op::As { op, .. } = self { op.inner() } else { self }
+    }
+
     /// Whether it walks a path (and not only uses a descriptor).
     #[must_use]
     pub fn has_path(&self) -> bool {
         !matches!(
-            self,
+            self.inner(),
             Op::Close { .. }
                 | Op::Read { .. }
                 | Op::Write { .. }

@@ -4,12 +4,17 @@
 //! Identity and times are relations: inode numbers must be in one-to-one correspondence; a time must stay what it was
 //! while the oracle's counter of changes does, and must not go back when it rises.
 //!
-//! Excludes: permissions (the kernel checks them), crashes (`sim` has its own checkers), space.
+//! Excludes: crashes (`sim` has its own checkers), space.
 
-use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, XattrHow, errno::*, pattern};
+use crate::op::{
+    Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Special, Stat, User, XattrHow, errno::*, pattern,
+};
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
+
+mod rights;
+use rights::{READ, SEARCH, WRITE};
 
 /// Longest name in bytes.
 pub const NAME_MAX: usize = 255;
@@ -194,6 +199,19 @@ impl Node {
     }
 }
 
+/// In what a file system or its machine differs from others.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traits {
+    /// `/proc/sys/fs/protected_hardlinks` is set.
+    pub protects_links: bool,
+    /// It is ext4, which puts a whiteout in the old name's place before it finds that the new name is a directory that is not
+    /// empty, and takes it back: the directory's times show it. (XFS looks first; an error should change nothing.)
+    pub shows_failed_whiteouts: bool,
+    /// It is not asked who is in a file's group: set-group-id without the right to execute, which lets nobody act as the group,
+    /// stays whoever changes the file (docs/semantics.md).
+    pub keeps_lock_mode: bool,
+}
+
 /// The oracle: one file system, and the descriptors that processes have open on it.
 #[derive(Clone, Debug)]
 pub struct Oracle {
@@ -201,6 +219,9 @@ pub struct Oracle {
     next: u64,
     tick: i64,
     slots: BTreeMap<(usize, u8), (u64, OpenHow)>,
+    /// Who acts just now.
+    actor: User,
+    traits: Traits,
 }
 
 impl Default for Oracle {
@@ -213,7 +234,14 @@ impl Oracle {
     /// An empty file system.
     #[must_use]
     pub fn new() -> Self {
-        let mut oracle = Oracle { nodes: BTreeMap::new(), next: ROOT, tick: 0, slots: BTreeMap::new() };
+        Self::with(Traits::default())
+    }
+
+    /// One to be compared with something of these traits.
+    #[must_use]
+    pub fn with(traits: Traits) -> Self {
+        let actor = User::default();
+        let mut oracle = Oracle { nodes: BTreeMap::new(), next: ROOT, tick: 0, slots: BTreeMap::new(), actor, traits };
         let root = oracle.insert(Body::Dir(BTreeMap::new()), 0o755, ROOT);
         debug_assert_eq!(root, ROOT);
         oracle
@@ -223,12 +251,12 @@ impl Oracle {
         let ino = self.next;
         self.next += 1;
         let nlink = if matches!(body, Body::Dir(_)) { 2 } else { 1 };
-        let tick = self.tick;
+        let (tick, User { uid, gid }) = (self.tick, self.actor);
         let node = Node {
             body,
             mode,
-            uid: 0,
-            gid: 0,
+            uid,
+            gid,
             nlink,
             xattrs: BTreeMap::new(),
             access: None,
@@ -271,6 +299,7 @@ impl Oracle {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         let dir = self.resolve(dir, true)?;
         self.dir(dir)?;
+        self.check(dir, SEARCH)?;
         Ok((dir, name))
     }
 
@@ -292,6 +321,8 @@ impl Oracle {
         let mut names = path.split('/').filter(|n| !n.is_empty()).peekable();
         while let Some(name) = names.next() {
             let dir = at;
+            self.dir(dir)?;
+            self.check(dir, SEARCH)?;
             let child = self.child(dir, name)?;
             at = child;
             if let Body::Symlink(target) = &self.node(child).body
@@ -315,7 +346,7 @@ impl Oracle {
     /// cannot be asked for anything): generators leave such operations out.
     #[must_use]
     pub fn opens_unsuited(&self, op: &Op) -> bool {
-        let Op::Open { path, how, .. } = op else { return false };
+        let Op::Open { path, how, .. } = op.inner() else { return false };
         self.resolve(path, false).is_ok_and(|ino| match self.node(ino).kind() {
             FileKind::Fifo | FileKind::Other => true,
             FileKind::Dir => !how.write && !how.create,
@@ -385,6 +416,7 @@ impl Oracle {
             Err(ENOENT) => {}
             Err(e) => return Err(e),
         }
+        self.check(dir, WRITE | SEARCH)?;
         let is_dir = matches!(body, Body::Dir(_));
         let is_link = matches!(body, Body::Symlink(_));
         let ino = self.insert(body, mode, dir);
@@ -430,12 +462,29 @@ impl Oracle {
     pub fn run(&mut self, node: usize, op: &Op) -> Outcome {
         self.tick += 1;
         match op {
+            Op::As { user, op } => {
+                self.actor = *user;
+                let outcome = self.run(node, op);
+                self.actor = User::default();
+                outcome
+            }
             Op::Mkdir { path, mode } => self.create(path, Body::Dir(BTreeMap::new()), *mode).map(|_| Reply::Done),
             Op::Mknod { path, fifo, mode } => {
                 let body = if *fifo { Body::Fifo } else { Body::File(Contents::default()) };
                 self.create(path, body, *mode).map(|_| Reply::Done)
             }
-            Op::MknodSpecial { path, mode, .. } => self.create(path, Body::Whiteout, *mode).map(|_| Reply::Done),
+            Op::MknodSpecial { path, what, mode } => {
+                if *what != Special::Socket && !self.actor.is_root() {
+                    // Nothing else may be wrong with it, for this to be said.
+                    let (dir, name) = self.parent(path)?;
+                    return Err(match self.child(dir, name) {
+                        Ok(_) => EEXIST,
+                        Err(ENOENT) => self.check(dir, WRITE | SEARCH).err().unwrap_or(EPERM),
+                        Err(e) => e,
+                    });
+                }
+                self.create(path, Body::Whiteout, *mode).map(|_| Reply::Done)
+            }
             Op::Symlink { target, path } => self.create(path, Body::Symlink(target.clone()), 0o777).map(|_| Reply::Done),
             Op::Link { from, to } => self.link(from, to),
             Op::Unlink { path } => self.unlink(path),
@@ -465,18 +514,22 @@ impl Oracle {
                 if let Body::File(contents) = &mut self.node_mut(ino).body {
                     contents.resize(*size);
                 }
+                self.drop_set_ids(ino, true);
                 self.touch_data(ino);
                 Ok(Reply::Done)
             }
             Op::TruncatePath { path, size } => {
                 let ino = self.resolve(path, true)?;
-                let body = &mut self.node_mut(ino).body;
-                match body {
+                match self.node(ino).body {
                     Body::Dir(_) => return Err(EISDIR),
-                    Body::File(_) if *size > FILE_SIZE_MAX => return Err(EFBIG),
-                    Body::File(contents) => contents.resize(*size),
+                    Body::File(_) => self.check(ino, WRITE)?,
                     _ => return Err(EINVAL),
                 }
+                match &mut self.node_mut(ino).body {
+                    Body::File(contents) if *size <= FILE_SIZE_MAX => contents.resize(*size),
+                    _ => return Err(EFBIG),
+                }
+                self.drop_set_ids(ino, true);
                 self.touch_data(ino);
                 Ok(Reply::Done)
             }
@@ -495,33 +548,37 @@ impl Oracle {
             },
             Op::Readdir { path } => {
                 let dir = self.resolve(path, true)?;
+                self.dir(dir)?;
+                self.check(dir, READ)?;
                 let names = self.dir(dir)?.iter().map(|(name, ino)| (name.clone(), self.node(*ino).kind())).collect();
                 Ok(Reply::Names(names))
             }
             Op::FsyncDir { path } => {
                 let dir = self.resolve(path, true)?;
                 self.dir(dir)?;
+                self.check(dir, READ)?;
                 Ok(Reply::Done)
             }
             Op::Chmod { path, mode } => {
                 let ino = self.resolve(path, true)?;
-                self.node_mut(ino).set_mode(*mode);
+                self.check_owner(ino)?;
+                let mode = self.grantable(*mode, self.node(ino).gid);
+                self.node_mut(ino).set_mode(mode);
                 self.touch_inode(ino);
                 Ok(Reply::Done)
             }
             Op::Chown { path, uid, gid } => {
                 let ino = self.resolve(path, true)?;
+                self.check_chown(ino, *uid, *gid)?;
+                self.drop_set_ids(ino, false);
                 let node = self.node_mut(ino);
                 (node.uid, node.gid) = (*uid, *gid);
-                if !node.is_dir() {
-                    // Whoever does it; what is set-group-id but not executable for the group means something else.
-                    node.mode &= if node.mode & 0o010 != 0 { !0o6000 } else { !0o4000 };
-                }
                 self.touch_inode(ino);
                 Ok(Reply::Done)
             }
             Op::Utimes { path, mtime } => {
                 let ino = self.resolve(path, true)?;
+                self.check_owner(ino)?;
                 self.touch_data(ino);
                 let node = self.node_mut(ino);
                 node.mtime_set = Some(i64::from(*mtime));
@@ -529,7 +586,7 @@ impl Oracle {
                 Ok(Reply::Done)
             }
             Op::SetXattr { path, name, fill, len, how } => {
-                let ino = self.attributed(path, name, EPERM)?;
+                let ino = self.attributed(path, name, true)?;
                 let known = self.node(ino).xattrs.contains_key(name);
                 match how {
                     XattrHow::Create if known => return Err(EEXIST),
@@ -541,7 +598,7 @@ impl Oracle {
                 Ok(Reply::Done)
             }
             Op::GetXattr { path, name } => {
-                let ino = self.attributed(path, name, ENODATA)?;
+                let ino = self.attributed(path, name, false)?;
                 self.node(ino).xattrs.get(name).cloned().map(Reply::Bytes).ok_or(ENODATA)
             }
             Op::ListXattr { path } => {
@@ -549,21 +606,30 @@ impl Oracle {
                 let node = self.node(ino);
                 let lists = [(node.access, false), (node.default, true)].into_iter().filter(|(acl, _)| acl.is_some());
                 let lists = lists.map(|(_, default)| Acl::attribute(default).to_owned());
-                Ok(Reply::Attributes(lists.chain(node.xattrs.keys().cloned()).collect()))
+                let mut names: Vec<_> = lists.chain(node.xattrs.keys().cloned()).collect();
+                names.retain(|name| self.actor.is_root() || !name.starts_with("trusted."));
+                Ok(Reply::Attributes(names))
             }
             Op::RemoveXattr { path, name } => {
-                let ino = self.attributed(path, name, EPERM)?;
+                let ino = self.attributed(path, name, true)?;
                 self.node_mut(ino).xattrs.remove(name).ok_or(ENODATA)?;
                 self.touch_inode(ino);
                 Ok(Reply::Done)
             }
             Op::SetAcl { path, acl, default } => {
                 let ino = self.resolve(path, true)?;
+                if *default && !self.node(ino).is_dir() {
+                    return Err(EACCES);
+                }
+                self.check_owner(ino)?;
                 let node = self.node_mut(ino);
                 match default {
-                    true if !node.is_dir() => return Err(EACCES),
                     true => node.default = Some(*acl),
-                    false => node.set_access(*acl),
+                    false => {
+                        node.set_access(*acl);
+                        let (mode, gid) = (node.mode, node.gid);
+                        self.node_mut(ino).mode = self.grantable(mode, gid);
+                    }
                 }
                 self.touch_inode(ino);
                 Ok(Reply::Done)
@@ -577,13 +643,14 @@ impl Oracle {
     }
 
     /// An inode that may have the attribute: `user.` ones only files and directories.
-    fn attributed(&self, path: &str, name: &str, otherwise: i32) -> Result<u64, i32> {
+    fn attributed(&self, path: &str, name: &str, write: bool) -> Result<u64, i32> {
         let ino = self.resolve(path, true)?;
-        match self.node(ino).kind() {
-            _ if !name.starts_with("user.") => Ok(ino),
-            FileKind::File | FileKind::Dir => Ok(ino),
-            _ => Err(otherwise),
+        let otherwise = if write { EPERM } else { ENODATA };
+        if name.starts_with("user.") && !matches!(self.node(ino).kind(), FileKind::File | FileKind::Dir) {
+            return Err(otherwise);
         }
+        self.check_attribute(ino, name, write, otherwise)?;
+        Ok(ino)
     }
 
     fn stat(&self, ino: u64) -> Reply {
@@ -624,6 +691,8 @@ impl Oracle {
         if self.nodes.get(&ino).is_none_or(|node| node.nlink == 0) {
             return Err(ENOENT);
         }
+        self.check_link_source(ino)?;
+        self.check(dir, WRITE | SEARCH)?;
         if self.node(ino).is_dir() {
             return Err(EPERM);
         }
@@ -637,6 +706,7 @@ impl Oracle {
     fn unlink(&mut self, path: &str) -> Outcome {
         let (dir, name) = self.parent(path)?;
         let ino = self.child(dir, name)?;
+        self.check_remove(dir, ino)?;
         if self.node(ino).is_dir() {
             return Err(EISDIR);
         }
@@ -649,6 +719,7 @@ impl Oracle {
     fn rmdir(&mut self, path: &str) -> Outcome {
         let (dir, name) = self.parent(path)?;
         let ino = self.child(dir, name)?;
+        self.check_remove(dir, ino)?;
         if !self.dir(ino)?.is_empty() {
             return Err(ENOTEMPTY);
         }
@@ -699,6 +770,25 @@ impl Oracle {
         if target == Some(moved) {
             return Ok(Reply::Done);
         }
+        self.check_remove(from_dir, moved)?;
+        match target {
+            None => self.check(to_dir, WRITE | SEARCH)?,
+            Some(target) => self.check_remove(to_dir, target)?,
+        }
+        if let Some(target) = target.filter(|_| flag != RenameFlag::Exchange) {
+            match (moves_dir, self.node(target).is_dir()) {
+                (true, false) => return Err(ENOTDIR),
+                (false, true) => return Err(EISDIR),
+                _ => {}
+            }
+        }
+        if from_dir != to_dir {
+            // A directory that gets another parent is written to.
+            let other = target.filter(|target| flag == RenameFlag::Exchange && self.node(*target).is_dir());
+            for dir in Some(moved).filter(|_| moves_dir).into_iter().chain(other) {
+                self.check(dir, WRITE)?;
+            }
+        }
         if let Some(target) = target {
             if flag == RenameFlag::Exchange {
                 self.entries(from_dir).insert(from_name.to_owned(), target);
@@ -712,12 +802,8 @@ impl Oracle {
                 self.touch_data(to_dir);
                 return Ok(Reply::Done);
             }
-            match (moves_dir, &self.node(target).body) {
-                (true, Body::Dir(entries)) if !entries.is_empty() => return Err(ENOTEMPTY),
-                (true, Body::Dir(_)) => {}
-                (true, _) => return Err(ENOTDIR),
-                (false, Body::Dir(_)) => return Err(EISDIR),
-                (false, _) => {}
+            if moves_dir && !self.dir(target)?.is_empty() {
+                return Err(ENOTEMPTY);
             }
         }
         self.entries(from_dir).remove(from_name);
@@ -732,6 +818,9 @@ impl Oracle {
         if matches!(flag, RenameFlag::Whiteout | RenameFlag::WhiteoutNoReplace) {
             let whiteout = self.insert(Body::Whiteout, 0, from_dir);
             self.inherit_group(whiteout, from_dir);
+            if let Some(default) = self.node(from_dir).default {
+                self.node_mut(whiteout).inherit(default);
+            }
             self.entries(from_dir).insert(from_name.to_owned(), whiteout);
         }
         Ok(Reply::Done)
@@ -755,15 +844,22 @@ impl Oracle {
             Some(_) if how.create && how.exclusive => return Err(EEXIST),
             Some(ino) => {
                 match &self.node(ino).body {
+                    Body::Symlink(_) if how.create => {
+                        self.check_sticky_link(self.parent(path)?.0, ino)?;
+                        return Err(ELOOP);
+                    }
                     Body::Symlink(_) => return Err(ELOOP),
                     Body::Whiteout => return Err(ENXIO),
                     Body::Dir(_) if how.write || how.create || how.truncate => return Err(EISDIR),
                     _ => {}
                 }
+                let rights = [(how.read || !how.write, READ), (how.write, WRITE)];
+                self.check(ino, rights.into_iter().filter(|(asked, _)| *asked).map(|(_, right)| right).sum())?;
                 if how.truncate {
                     if let Body::File(contents) = &mut self.node_mut(ino).body {
                         contents.resize(0);
                     }
+                    self.drop_set_ids(ino, true);
                     self.touch_data(ino);
                 }
                 ino
@@ -793,6 +889,7 @@ impl Oracle {
             return Err(EFBIG);
         }
         contents.write(offset, &pattern(fill, 0, len as usize));
+        self.drop_set_ids(ino, true);
         self.touch_data(ino);
         Ok(Reply::Written(u64::from(len)))
     }
@@ -816,6 +913,7 @@ impl Oracle {
             && len > 0
         {
             contents.write(to.1, &bytes);
+            self.drop_set_ids(target, true);
             self.touch_data(target);
         }
         Ok(Reply::Written(len))
@@ -841,6 +939,7 @@ impl Oracle {
                 contents.size = contents.size.max(end);
             }
         }
+        self.drop_set_ids(ino, true);
         self.touch_data(ino);
         Ok(Reply::Done)
     }
@@ -927,6 +1026,13 @@ impl Oracle {
     /// As `lstat`.
     pub fn find(&self, path: &str) -> Result<u64, i32> {
         self.resolve(path, false)
+    }
+
+    /// The times of the directory that a path's last name is in may have changed.
+    pub fn touch_parent(&mut self, path: &str) {
+        if let Ok((dir, _)) = self.parent(path) {
+            self.touch_data(dir);
+        }
     }
 
     /// Attributes of an inode, if it is there.

@@ -26,6 +26,36 @@ fn count(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
+/// This thread acts as somebody else, without any capability or further group, until this is dropped.
+pub struct Acting(std::marker::PhantomData<*mut ()>);
+
+impl Acting {
+    /// The C library would change all threads, so it is not asked.
+    pub fn begin(uid: u32, gid: u32) -> io::Result<Acting> {
+        let same = -1i64;
+        let none: *const libc::gid_t = std::ptr::null();
+        // SAFETY: these calls change the calling thread's credentials only, and an empty list is read from no place.
+        unsafe {
+            check(libc::syscall(libc::SYS_setgroups, 0i64, none) as i32)?;
+            check(libc::syscall(libc::SYS_setresgid, same, i64::from(gid), same) as i32)?;
+            let acting = Acting(std::marker::PhantomData);
+            check(libc::syscall(libc::SYS_setresuid, same, i64::from(uid), same) as i32)?;
+            Ok(acting)
+        }
+    }
+}
+
+impl Drop for Acting {
+    fn drop(&mut self) {
+        let (same, root) = (-1i64, 0i64);
+        // SAFETY: as above; root is what the real user still is.
+        let back = unsafe {
+            libc::syscall(libc::SYS_setresuid, same, root, same) == 0 && libc::syscall(libc::SYS_setresgid, same, root, same) == 0
+        };
+        assert!(back, "root again");
+    }
+}
+
 /// Opens a file with further flags (`O_DIRECT`, `O_APPEND` …).
 pub fn open(path: &Path, write: bool, flags: libc::c_int) -> io::Result<File> {
     OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)

@@ -66,10 +66,21 @@ fn one_to_four_mounts_behave_as_the_oracle_says() {
     let oracle = env!("CARGO_BIN_EXE_oracle");
     for nodes in 1..=4 {
         good(&cluster, oracle, &cluster.mounts()[..nodes], &["--seeds", "30..33", "--ops", "300"]);
+        if protections_are_known() {
+            good(&cluster, oracle, &cluster.mounts()[..nodes], &["--seeds", "30..34", "--ops", "300", "--users"]);
+        }
     }
     let (found, _) = program(oracle, &cluster.mounts()[..2], &["--seeds", "10..12", "--ops", "200", "--data", "80", "--stale"]);
     assert!(!found, "reads that return earlier bytes were not found");
     cluster.fsck(1);
+}
+
+/// Whether the machine forbids nothing (in sticky directories) that the oracle has not heard of.
+fn protections_are_known() -> bool {
+    ["symlinks", "regular", "fifos"].iter().all(|what| {
+        let value = std::fs::read_to_string(format!("/proc/sys/fs/protected_{what}"));
+        value.is_ok_and(|value| value.trim() == "0")
+    })
 }
 
 /// When exactly a rename fails because another node has moved a directory (docs/semantics.md): the kernel still has it at its

@@ -617,3 +617,75 @@ fn extended_attributes_are_as_on_a_local_file_system() {
     assert_eq!(sys::list_xattr(&cluster.mount(2).join("large")).expect("the list, on another node").len(), 256);
     cluster.fsck(2);
 }
+
+fn rename_with(from: &Path, to: &Path, flags: libc::c_uint) -> io::Result<()> {
+    let (from, to) = (sys::c_path(from)?, sys::c_path(to)?);
+    // SAFETY: both paths are C strings that outlive the call.
+    let result = unsafe { libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn renames_that_contradict_themselves_are_refused() {
+    let cluster = RealCluster::up(&Options { nodes: 1, ..Options::default() });
+    let (a, b) = (cluster.mount(1).join("a"), cluster.mount(1).join("b"));
+    fs::write(&a, "a").expect("a file");
+    fs::write(&b, "b").expect("a file");
+    let (exchange, others) = (libc::RENAME_EXCHANGE, [libc::RENAME_NOREPLACE, libc::RENAME_WHITEOUT]);
+    for flags in others.map(|other| exchange | other).into_iter().chain([1 << 10]) {
+        let error = rename_with(&a, &b, flags).expect_err("it contradicts itself");
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{flags:x}");
+    }
+    assert_eq!((fs::read(&a).expect("a"), fs::read(&b).expect("b")), (b"a".to_vec(), b"b".to_vec()));
+    rename_with(&a, &b, exchange).expect("they change places");
+    assert_eq!((fs::read(&a).expect("a"), fs::read(&b).expect("b")), (b"b".to_vec(), b"a".to_vec()));
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_a_file_owns_is_counted_found_and_refused_as_documented() {
+    let cluster = RealCluster::up(&Options { nodes: 1, ..Options::default() });
+    let path = cluster.mount(1).join("file");
+    fs::write(&path, "").expect("a file");
+    let file = sys::open(&path, true, 0).expect("it opens");
+    const K: u64 = 1024;
+    let blocks = || fs::metadata(&path).expect("it is there").blocks();
+    file.set_len(1024 * K).expect("a hole");
+    assert_eq!(blocks(), 0);
+    assert_eq!(sys::seek(&file, 0, libc::SEEK_DATA).expect_err("a hole").raw_os_error(), Some(libc::ENXIO));
+    assert_eq!(sys::seek(&file, 0, libc::SEEK_HOLE).expect("a hole"), 0);
+    sys::fallocate(&file, 0, 256 * K, 64 * K).expect("reserved");
+    let reserved = blocks();
+    assert!((128..160).contains(&reserved), "{reserved}");
+    assert_eq!(sys::seek(&file, 0, libc::SEEK_DATA).expect("zeros are data"), 256 * K);
+    assert_eq!(sys::seek(&file, 256 * K as i64, libc::SEEK_HOLE).expect("a hole"), 320 * K);
+    sys::fallocate(&file, libc::FALLOC_FL_KEEP_SIZE, 2048 * K, 64 * K).expect("reserved beyond the end");
+    assert_eq!(file.metadata().expect("it is there").len(), 1024 * K);
+    assert!(blocks() >= reserved + 128);
+    sys::fallocate(&file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, 256 * K, 64 * K).expect("a hole");
+    assert!(blocks() <= reserved + 32, "{}", blocks());
+    for mode in [libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE, libc::FALLOC_FL_UNSHARE_RANGE] {
+        let error = sys::fallocate(&file, mode, 0, 64 * K).expect_err("it is not supported");
+        assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP), "{mode:x}");
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_is_not_supported_says_so() {
+    const FS_IOC_GETFLAGS: u64 = 0x8008_6601;
+    let cluster = RealCluster::up(&Options { nodes: 1, ..Options::default() });
+    let root = cluster.mount(1);
+    let unnamed = sys::open(&root, true, libc::O_TMPFILE).expect_err("there are no unnamed files");
+    assert_eq!(unnamed.raw_os_error(), Some(libc::EOPNOTSUPP));
+    let path = root.join("file");
+    fs::write(&path, "file").expect("a file");
+    let file = File::open(&path).expect("it opens");
+    let mut flags = [0u32; 2];
+    // SAFETY: the descriptor is open, and the place has room for a `long`.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_GETFLAGS as _, flags.as_mut_ptr()) };
+    assert_eq!((result, io::Error::last_os_error().raw_os_error()), (-1, Some(libc::ENOTTY)));
+    let told = sys::statx(&path).expect("it is there").stx_mask;
+    assert_eq!((told & libc::STATX_BASIC_STATS, told & libc::STATX_BTIME), (libc::STATX_BASIC_STATS, 0));
+}

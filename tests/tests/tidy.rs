@@ -172,3 +172,28 @@ fn documents_link_to_what_is_there() {
     }
     check(problems);
 }
+
+/// What holds a promise true is named by its function, and must be there. (Shorter words are options, fields or system calls.)
+#[test]
+fn checks_that_documents_name_exist() {
+    let code: String = files().into_iter().filter(|(name, _)| name.ends_with(".rs")).map(|(_, text)| text).collect();
+    let functions: std::collections::BTreeSet<&str> = code
+        .split("fn ")
+        .skip(1)
+        .map(|rest| rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default())
+        .collect();
+    let (mut problems, mut seen) = (Vec::new(), 0);
+    for (name, text) in files().into_iter().filter(|(name, _)| name.ends_with(".md")) {
+        for word in text.split('`').skip(1).step_by(2) {
+            let is_name = word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+            if is_name && word.matches('_').count() >= 3 {
+                seen += 1;
+                if !functions.contains(word) {
+                    problems.push(format!("{name}: {word} is not there"));
+                }
+            }
+        }
+    }
+    assert!(seen > 60, "only {seen} names found");
+    check(problems);
+}

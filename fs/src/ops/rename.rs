@@ -7,7 +7,7 @@
 
 use super::data::later;
 use super::work::Resolved;
-use super::{FileSystem, Locks, Work};
+use super::{FileSystem, Locks, Work, xattr};
 use crate::directory::{Bucket, Entry, check_name};
 use crate::error::{FsError, Result};
 use crate::format::Time;
@@ -157,9 +157,9 @@ impl<D: Disk> FileSystem<D> {
             let stand_in = match (&new.winner(), exchange) {
                 (Some(other), true) => StandIn::Other((*other).clone()),
                 _ if flags.leaves_whiteout() => {
-                    let inode = self.whiteout(&mut work, caller, old.dir).await?;
+                    let (inode, after) = self.whiteout(&mut work, caller, old.dir).await?;
                     adopted = Some(self.disk().adopt(inode.ino.object()));
-                    StandIn::Whiteout(Box::new(inode))
+                    StandIn::Whiteout(Box::new(inode), after)
                 }
                 _ => StandIn::Nobody,
             };
@@ -174,13 +174,17 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
-    /// A new whiteout, in memory; its block is allocated.
-    async fn whiteout(&self, work: &mut Work<'_, D>, caller: &Caller, parent: Ino) -> Result<Inode> {
+    /// A new whiteout, in memory, with what its write goes after; its block is allocated. As on ext4 (not XFS) it inherits the
+    /// directory's default list, like everything else that is made there.
+    async fn whiteout(&self, work: &mut Work<'_, D>, caller: &Caller, parent: Ino) -> Result<(Inode, Vec<After>)> {
         let ino = Ino(work.tx.alloc(Some(parent.block()), 1).await?.start.pack());
         let dir = work.inode(parent)?;
         let gid = if dir.mode & libc::S_ISGID != 0 { dir.gid } else { caller.gid };
         let mode = FileKind::CharDevice.mode_bits();
-        Ok(Inode::new(ino, self.next_generation(), mode, caller.uid, gid, self.now()))
+        let mut inode = Inode::new(ino, self.next_generation(), mode, caller.uid, gid, self.now());
+        let dir = work.inodes.get(&parent).ok_or(FsError::Stale)?;
+        let inherited = xattr::inherit(&mut work.tx, dir, &mut inode, caller.umask).await?;
+        Ok((inode, inherited.after))
     }
 
     /// Whether a directory may go into another: not below itself. False if tokens are missing (they are noted then).
@@ -390,9 +394,10 @@ impl<D: Disk> Work<'_, D> {
     ) -> Result<WriteId> {
         let mut after = vec![After::Write(renumbered)];
         match stand_in {
-            StandIn::Whiteout(mut inode) => {
+            StandIn::Whiteout(mut inode, inherited) => {
                 inode.parents.push(hidden);
                 inode.links = 1;
+                after.extend(inherited);
                 Ok(inode.write(&mut self.tx, &after))
             }
             StandIn::Other(entry) => {
@@ -418,8 +423,8 @@ enum StandIn {
     Nobody,
     /// The inode that has the new name, by its entry there.
     Other(Entry),
-    /// A new inode.
-    Whiteout(Box<Inode>),
+    /// A new inode, whose write goes after these.
+    Whiteout(Box<Inode>, Vec<After>),
 }
 
 impl StandIn {
@@ -432,7 +437,7 @@ impl StandIn {
         match self {
             StandIn::Nobody => None,
             StandIn::Other(entry) => Some(entry.clone()),
-            StandIn::Whiteout(inode) => Some(Entry {
+            StandIn::Whiteout(inode, _) => Some(Entry {
                 ino: inode.ino,
                 generation: inode.generation,
                 seq: 0,

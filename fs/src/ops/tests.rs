@@ -485,6 +485,28 @@ async fn new_files_inherit_the_default_list() {
     assert_eq!(fs.stat_fs().await.unwrap().free, free);
 }
 
+/// As ext4 has it (XFS does not let it inherit anything).
+#[tokio::test]
+async fn a_whiteout_inherits_the_default_list() {
+    use crate::acl::{ACCESS, DEFAULT};
+    use crate::ops::xattr::SetMode::Any;
+    let fs = fresh(&[4096]).await;
+    let free = fs.stat_fs().await.unwrap().free;
+    let dir = fs.make(&ROOT, fs.root(), b"dir", NewNode::Directory, 0o777).await.unwrap().ino;
+    fs.set_xattr(dir, DEFAULT, &acl(7, 2, 4, 3, 1), Any).await.unwrap();
+    for (name, flags) in [(&b"a"[..], RenameFlags::Whiteout), (b"b", RenameFlags::WhiteoutNoReplace)] {
+        fs.make(&ROOT, dir, name, NewNode::File, 0o666).await.unwrap();
+        fs.rename(&ROOT, dir, name, fs.root(), name, flags).await.unwrap();
+        let whiteout = fs.lookup(dir, name).await.unwrap();
+        assert_eq!((whiteout.kind, whiteout.mode & 0o7777), (FileKind::CharDevice, 0));
+        assert_eq!(fs.get_xattr(whiteout.ino, ACCESS).await.unwrap(), acl(0, 2, 4, 0, 0));
+        fs.unlink(&ROOT, dir, name).await.unwrap();
+        fs.unlink(&ROOT, fs.root(), name).await.unwrap();
+    }
+    fs.rmdir(&ROOT, fs.root(), b"dir").await.unwrap();
+    assert_eq!(fs.stat_fs().await.unwrap().free, free, "what it had for its list is free again");
+}
+
 #[tokio::test]
 async fn who_changes_a_program_takes_its_powers_away() {
     use crate::ops::data::{At, Payload};

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tests::cluster::clock;
 use tests::driver::mount::MountDriver;
-use tests::driver::{Stale, check_seed, compare};
+use tests::driver::{Stale, check_seed_with, compare};
 use tests::generate::Profile;
 use tests::op::Step;
 
@@ -29,6 +29,12 @@ struct Args {
     /// Without `O_DIRECT`, which some file systems want aligned.
     #[arg(long)]
     indirect: bool,
+    /// Others than root act, too.
+    #[arg(long)]
+    users: bool,
+    /// Tries to make a failing sequence short.
+    #[arg(long, default_value_t = 400)]
+    tries: usize,
     /// Plants a bug: some reads return the bytes of an earlier one.
     #[arg(long)]
     stale: bool,
@@ -46,11 +52,21 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    for protection in ["symlinks", "regular", "fifos"] {
+        let value = std::fs::read_to_string(format!("/proc/sys/fs/protected_{protection}"));
+        if args.users && value.is_ok_and(|value| value.trim() != "0") {
+            println!("the oracle does not know what fs.protected_{protection} forbids: set it to 0 to run with --users");
+            return ExitCode::FAILURE;
+        }
+    }
     let (begun, nodes, count, ops) = (clock(), args.mounts.len(), Cell::new(0), Cell::new(0));
     // Each try has a directory of its own, which is removed afterwards.
     let run = |steps: &[Step]| {
         let name = format!("oracle-{}-{}", std::process::id(), count.replace(count.get() + 1));
-        std::fs::create_dir(args.mounts[0].join(&name)).map_err(|e| format!("{name}: {e}"))?;
+        // The first one is made before the driver sets the umask.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let made = std::fs::create_dir(args.mounts[0].join(&name));
+        made.and_then(|()| std::fs::set_permissions(args.mounts[0].join(&name), mode)).map_err(|e| format!("{name}: {e}"))?;
         let driver = MountDriver::new(args.mounts.iter().map(|m| m.join(&name)).collect());
         ops.set(ops.get() + steps.len());
         let result = if args.stale {
@@ -64,8 +80,8 @@ fn main() -> ExitCode {
     let mut failed = Vec::new();
     for seed in args.seeds.0..args.seeds.1 {
         let data_percent = args.data.unwrap_or([50, 10, 80][(seed % 3) as usize]);
-        let profile = Profile { nodes, data_percent, direct: !args.indirect, ..Profile::default() };
-        if let Err(what) = check_seed(seed, profile, args.ops, run) {
+        let profile = Profile { nodes, data_percent, direct: !args.indirect, users: args.users, ..Profile::default() };
+        if let Err(what) = check_seed_with(seed, profile, args.ops, args.tries, run) {
             println!("{what}");
             failed.push(seed);
         }

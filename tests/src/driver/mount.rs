@@ -2,6 +2,7 @@
 
 use super::Driver;
 use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Special, Stat, XattrHow, errno, pattern};
+use crate::reference::Traits;
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -44,6 +45,10 @@ impl MountDriver {
     fn call(&mut self, node: usize, op: &Op) -> io::Result<Reply> {
         let at = |path: &str| self.path(node, path);
         match op {
+            Op::As { user, op } => {
+                let _acting = crate::sys::Acting::begin(user.uid, user.gid)?;
+                self.call(node, op)
+            }
             Op::Mkdir { path, mode } => {
                 let path = c_path(&at(path))?;
                 // SAFETY: the path is a C string that outlives the call.
@@ -164,13 +169,14 @@ impl MountDriver {
             Op::Copy { from, from_offset, to, to_offset, len } => {
                 let (from, to) = (&self.slot(node, *from)?.0, &self.slot(node, *to)?.0);
                 // The kernel looks no further than the size that it knows (docs/semantics.md).
-                from.metadata()?;
+                let size = from.metadata()?.len();
                 let mut done = 0;
                 loop {
                     let left = *len as usize - done;
                     let n = crate::sys::copy_range(from, from_offset + done as u64, to, to_offset + done as u64, left)?;
                     done += n;
-                    if n == 0 || done == *len as usize {
+                    // What a file that is copied into itself has grown by is no part of what was to be copied.
+                    if n == 0 || done == *len as usize || from_offset + done as u64 >= size {
                         return Ok(Reply::Written(done as u64));
                     }
                 }
@@ -307,5 +313,15 @@ fn stat(m: &fs::Metadata) -> Reply {
 impl Driver for MountDriver {
     async fn run(&mut self, node: usize, op: &Op) -> Outcome {
         self.call(node, op).map_err(|e| e.raw_os_error().unwrap_or(errno::EIO))
+    }
+
+    fn traits(&self) -> Traits {
+        let links = fs::read_to_string("/proc/sys/fs/protected_hardlinks");
+        let kind = self.roots.first().and_then(|root| nix::sys::statfs::statfs(root).ok()).map(|found| found.filesystem_type());
+        Traits {
+            protects_links: links.is_ok_and(|value| value.trim() != "0"),
+            shows_failed_whiteouts: kind == Some(nix::sys::statfs::EXT4_SUPER_MAGIC),
+            keeps_lock_mode: kind == Some(nix::sys::statfs::FUSE_SUPER_MAGIC),
+        }
     }
 }
