@@ -132,6 +132,13 @@ impl<D: Disk> Front<D> {
         changing
     }
 
+    /// An access list, and with it the mode, was changed, of which the answer tells the kernel nothing.
+    fn listed(&self, ino: INodeNo, changing: Option<Option<Changing<'_>>>) {
+        if changing.is_some() {
+            self.known.unsettle(ino.0);
+        }
+    }
+
     fn open_flags(&self, thread: u32, attributes: &Attributes, direct: bool) -> FopenFlags {
         let mut flags = FopenFlags::empty();
         if self.known.keeps_pages(self.identity.node(attributes.ino), thread, attributes.data_version) {
@@ -197,6 +204,11 @@ impl<D: Disk> Fuse<D> {
 
 fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
+}
+
+/// Whether an attribute is an access list.
+fn is_list(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
 }
 
 fn empty(result: Result<(), FsError>, reply: ReplyEmpty) {
@@ -781,13 +793,16 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         };
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
-            empty(front.fs.set_xattr_if(front.identity.ino(ino), &name, &value, mode, &permit).await, reply);
+            let changing = is_list(&name).then(|| front.change(ino.0, caller.pid));
+            let result = front.fs.set_xattr_if(front.identity.ino(ino), &name, &value, mode, &permit).await;
+            front.listed(ino, changing);
+            empty(result, reply);
         });
     }
 
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
-        let is_list = name == acl::ACCESS || name == acl::DEFAULT;
+        let is_list = is_list(&name);
         operation!(self, request, |front, start, caller| {
             let mut began = start;
             let value = loop {
@@ -819,7 +834,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
-            empty(front.fs.remove_xattr_if(front.identity.ino(ino), &name, &permit).await, reply);
+            let changing = is_list(&name).then(|| front.change(ino.0, caller.pid));
+            let result = front.fs.remove_xattr_if(front.identity.ino(ino), &name, &permit).await;
+            front.listed(ino, changing);
+            empty(result, reply);
         });
     }
 

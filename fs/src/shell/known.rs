@@ -73,7 +73,7 @@ pub(crate) struct Answer {
 /// What may become of the answer to a GETATTR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Doubt {
-    /// A purge has overtaken it.
+    /// An invalidation has overtaken it.
     WillBeLost,
     /// A `read()` may go on without it, or with pages of other data; so may what comes after any question and does not ask itself
     /// (loads through a mapping, `sendfile`).
@@ -103,8 +103,8 @@ const STAMP_MS: u128 = 10;
 struct Inode {
     generation: u64,
     revoked: u64,
-    /// The last purge of its pages began then.
-    purged: u64,
+    /// The kernel was last sent an invalidation then, or a little later: it loses the answers to what it asked before.
+    shaken: u64,
     /// See `pages()`.
     pages: u64,
     /// See `taken_in()`.
@@ -231,6 +231,23 @@ impl Inode {
         }
     }
 
+    /// An invalidation is about to be sent.
+    fn shake(&mut self, number: u64) {
+        self.shaken = number;
+        if let Some(unheard) = self.unheard_mut() {
+            unheard.shake();
+        }
+    }
+
+    /// What was told is not true any more: it is to be taken back.
+    fn unsettle(&mut self, number: u64) {
+        self.revoked = number;
+        self.settled = false;
+        if let Some(unheard) = self.unheard_mut() {
+            unheard.revoke();
+        }
+    }
+
     fn revoke(&mut self, number: u64) -> Forgotten {
         let told_at = self.names_mut().and_then(|names| names.told_at.take());
         let forgotten = Forgotten {
@@ -239,14 +256,9 @@ impl Inode {
             pages: self.has_pages,
             revocation: Revocation(number),
         };
-        self.revoked = number;
-        self.attributes = false;
-        self.settled = false;
-        if let Some(unheard) = self.unheard_mut() {
-            unheard.revoke();
-            if forgotten.attributes {
-                unheard.shake();
-            }
+        self.unsettle(number);
+        if std::mem::take(&mut self.attributes) {
+            self.shake(number);
         }
         forgotten
     }
@@ -387,7 +399,7 @@ impl Known {
         let mut shard = self.shard(ino).lock();
         let inode = shard.get_mut(&ino)?;
         inode.hear(thread);
-        let will_be_lost = inode.purging > 0 || inode.purged > start.0;
+        let will_be_lost = inode.purging > 0 || inode.shaken > start.0;
         // The answer of who is alone is not lost: nothing overtakes it, and nothing is invalidated that is not believed.
         let may_be_lost = inode.taken_in() < Some(version) && !inode.unheard().is_none_or(Unheard::is_empty);
         let doubtful = may_be_lost || inode.has_other_pages(version);
@@ -422,10 +434,7 @@ impl Known {
     fn begin_purge(inode: &mut Inode, number: u64) {
         inode.set_pages(None);
         inode.purging = inode.purging.saturating_add(1);
-        inode.purged = number;
-        if let Some(unheard) = inode.unheard_mut() {
-            unheard.shake();
-        }
+        inode.shake(number);
     }
 
     /// The purge is over.
@@ -444,11 +453,24 @@ impl Known {
     /// that, or the thread's next request would meet it. `None`: the kernel does not know the file. True: the attributes that it
     /// believes must be invalidated first, since others may see the change before the thread takes in that it was made.
     pub(crate) fn change(&self, ino: u64, thread: u32) -> (Option<Changing<'_>>, bool) {
+        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return (None, false) };
         inode.hear(thread);
         inode.rest().unheard.begin_change();
-        (Some(Changing { known: self, ino, thread }), std::mem::take(&mut inode.attributes))
+        let believed = std::mem::take(&mut inode.attributes);
+        if believed {
+            inode.shake(number);
+        }
+        (Some(Changing { known: self, ino, thread }), believed)
+    }
+
+    /// A thread of this node has changed attributes of which the kernel is told nothing by the answer.
+    pub(crate) fn unsettle(&self, ino: u64) {
+        let number = self.next_moment();
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.unsettle(number);
+        }
     }
 
     /// A thread asks something else about an inode.
@@ -460,8 +482,9 @@ impl Known {
 
     /// An invalidation of the attributes is about to be sent on account of nobody.
     pub(crate) fn shake(&self, ino: u64) {
-        if let Some(unheard) = self.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.unheard_mut()) {
-            unheard.shake();
+        let number = self.next_moment();
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.shake(number);
         }
     }
 
@@ -559,8 +582,8 @@ impl Known {
         // Answers that are under way may be older.
         inode.revoked = number;
         let attributes = std::mem::take(&mut inode.attributes);
-        if let Some(unheard) = inode.unheard_mut().filter(|_| attributes) {
-            unheard.shake();
+        if attributes {
+            inode.shake(number);
         }
         Forgotten {
             attributes,
@@ -725,6 +748,20 @@ mod tests {
         assert_eq!(doubt(start), Some(Doubt::WillBeLost));
         assert!(!doubtful(2, 4) && !known.is_behind(7, 4));
         assert!(doubtful(2, 5), "pages that were read while the others were purged");
+    }
+
+    #[test]
+    fn who_asked_before_an_invalidation_loses_the_answer() {
+        let known = Known::new();
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
+        let start = known.begin();
+        assert!(known.changed(7).attributes);
+        assert_eq!(known.doubt(start, 7, 1, 1), Some(Doubt::WillBeLost));
+        assert_eq!(known.doubt(known.begin(), 7, 1, 1), None);
+        // What is set by an attribute (a list with its mode) is believed only when the kernel has surely asked since.
+        known.unsettle(7);
+        let ask = || known.tell(known.begin(), 7, answer(1, 1), TTL);
+        assert_eq!((ask(), ask()), (Duration::ZERO, TTL));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Runs every check of the project: `cargo run --release -p pulsar-tests --bin ci`.
+//! Runs every check of the project: `cargo run --release --bin ci`.
 //!
 //! Its last line is `N passed, N failed`; it fails if anything did. It installs nothing: what is missing is said before
 //! anything runs. With names of steps as arguments it runs only those (`ci sim cluster`); `--list` names them.
