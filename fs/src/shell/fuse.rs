@@ -329,7 +329,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             let is_ours = front.notify.recognise(caller.pid);
             let answer = Front::<D>::answer(caller.pid, &attributes, false, if is_ours { How::Ours } else { How::Ordinary });
-            if let Some(version) = answer.version.filter(|_| !is_ours && (handle.is_some() || front.notify.sees()))
+            if let Some(version) = answer.version.filter(|_| !is_ours)
                 && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version)
             {
                 // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.

@@ -139,20 +139,23 @@ pub fn mount(name: &str, directory: &Path, options: &MountOptions) -> io::Result
     Ok(OwnedFd::from(fuse))
 }
 
+/// The device (major, minor) of what is mounted on a directory.
+pub(crate) fn device(directory: &Path) -> Option<(u32, u32)> {
+    let directory = directory.canonicalize().ok()?;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    // Fields: id, parent, device, root, mount point …; the last mount on a directory is the one that is seen.
+    mounts.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (major, minor) = fields.nth(2)?.split_once(':')?;
+        let device = (major.parse().ok()?, minor.parse().ok()?);
+        (Path::new(fields.nth(1)?) == directory).then_some(device)
+    })
+}
+
 /// Lets the kernel read ahead by whole transfers; it offers FUSE an eighth of that. To be called when the mount is served.
 /// A mount that cannot be tuned works all the same.
-pub(crate) fn raise_read_ahead(directory: &Path) {
-    let Ok(directory) = directory.canonicalize() else { return };
-    let Ok(mounts) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
-    // Fields: id, parent, device, root, mount point …; the last mount on a directory is the one that is seen.
-    let device = mounts.lines().rev().find_map(|line| {
-        let mut fields = line.split(' ');
-        let device = fields.nth(2)?;
-        (Path::new(fields.nth(1)?) == directory).then(|| device.to_owned())
-    });
-    if let Some(device) = device {
-        let _ = std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), (TRANSFER_MAX / 1024).to_string());
-    }
+pub(crate) fn raise_read_ahead((major, minor): (u32, u32)) {
+    let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), (TRANSFER_MAX / 1024).to_string());
 }
 
 /// Gives an existing mount other options (`mount -o remount`).

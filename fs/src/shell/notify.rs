@@ -16,7 +16,7 @@
 //! Excludes: who needs to be told what (`known`).
 
 use super::known::{Known, Refresh, Revocation};
-use super::probe::{Probe, Unseen};
+use super::probe::{Device as Number, Probe, Unseen};
 use fuser::INodeNo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::gettid;
@@ -126,7 +126,9 @@ pub(crate) struct Notify {
     /// Their threads' numbers.
     threads: Arc<[AtomicU32; LANES]>,
     /// A request of theirs was recognised.
-    recognised: AtomicBool,
+    recognises: AtomicBool,
+    /// They have asked for the root.
+    asked: AtomicBool,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     /// Room for refreshes that wait for their time.
@@ -162,32 +164,36 @@ impl Notify {
         ];
         let casual = lane("pulsar-refresh", None)?;
         let refreshes = Arc::new(Semaphore::new(QUEUE_MAX));
-        let recognised = AtomicBool::new(false);
-        Ok(Notify { device, urgent, threads, recognised, casual, refreshes, probe, known: known.clone(), runtime })
+        let (recognises, asked) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Notify { device, urgent, threads, recognises, asked, casual, refreshes, probe, known: known.clone(), runtime })
     }
 
-    /// Whether a request comes from a thread of ours. None does if the kernel names threads by other numbers than this process
-    /// sees; so unless one was recognised none must be waited for without need.
+    /// The mount is served, as this device.
+    pub(crate) fn found(&self, device: Number) {
+        self.probe.found(device);
+    }
+
+    /// Whether a request comes from a thread of ours.
     pub(crate) fn recognise(&self, thread: u32) -> bool {
         let is_ours = self.threads.iter().any(|t| t.load(Ordering::SeqCst) == thread);
-        if is_ours && !self.recognised.load(Ordering::Relaxed) {
-            self.recognised.store(true, Ordering::Relaxed);
+        if is_ours && !self.recognises.load(Ordering::Relaxed) {
+            self.recognises.store(true, Ordering::Relaxed);
         }
         is_ours
     }
 
-    /// Whether the kernel can be asked, and its questions recognised.
-    pub(crate) fn sees(&self) -> bool {
-        self.recognised.load(Ordering::Relaxed)
-    }
-
-    /// The mount is served from now on. Finds out whether the kernel can be asked; may wait for the cluster.
-    pub(crate) fn look(&self) {
-        if let Err(error) = self.probe.look() {
-            tracing::warn!(%error, "cannot look at the mount");
+    /// Whether requests of our own threads are recognised. They are not if the kernel names threads by other numbers than this
+    /// process sees: what they ask could then wait for themselves. So before anything waits for them they ask for the root, of
+    /// which nothing is ever doubtful.
+    async fn can_recognise(&self) -> bool {
+        if !self.recognises.load(Ordering::Relaxed) && !self.asked.swap(true, Ordering::Relaxed) {
+            let (done, wait) = oneshot::channel();
+            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false };
+            if self.urgent[0].send(Job::Renew(renewal, done)).await.is_ok() {
+                let _ = wait.await;
+            }
         }
-        let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: true };
-        let _ = self.urgent[0].blocking_send(Job::Renew(renewal, oneshot::channel().0));
+        self.recognises.load(Ordering::Relaxed)
     }
 
     /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
@@ -218,6 +224,9 @@ impl Notify {
     /// # Errors
     /// The kernel cannot be asked. Nothing was done.
     pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
+        if !self.can_recognise().await {
+            return Err(Unseen);
+        }
         for row in 0.. {
             let (done, wait) = oneshot::channel();
             let renewal = Renewal { ino, version, anew, whole: row < WHOLE_MAX };

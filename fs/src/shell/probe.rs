@@ -17,7 +17,6 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::sys::stat::Mode;
-use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -43,8 +42,8 @@ pub(crate) struct Seen {
     pub(crate) has: State,
 }
 
-/// The numbers of a device.
-type Device = (u32, u32);
+/// The numbers of a device, major and minor.
+pub(crate) type Device = (u32, u32);
 
 /// Where the kernel can be asked.
 #[derive(Debug)]
@@ -60,12 +59,9 @@ impl Probe {
         Probe { directory, device: OnceLock::new() }
     }
 
-    /// Notes which device the mount is, now that it answers, which this waits for. Until then nothing is asked.
-    pub(crate) fn look(&self) -> io::Result<()> {
-        let Some(directory) = &self.directory else { return Ok(()) };
-        let root = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let _ = self.device.set(statx(&root, libc::AT_STATX_FORCE_SYNC)?.0);
-        Ok(())
+    /// Notes which device the mount is. Until then nothing is asked.
+    pub(crate) fn found(&self, device: Device) {
+        let _ = self.device.set(device);
     }
 
     /// Has the kernel ask us for an inode's attributes, on this thread, and tells what it has then.

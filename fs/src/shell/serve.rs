@@ -154,8 +154,9 @@ impl<D: Disk> Server<D> {
                 if let Some(directory) = directory {
                     // Beside the session, since it looks at the mount.
                     std::thread::Builder::new().name("pulsar-tune".to_owned()).spawn(move || {
-                        mount::raise_read_ahead(&directory);
-                        front.notify.look();
+                        let Some(device) = mount::device(&directory) else { return };
+                        front.notify.found(device);
+                        mount::raise_read_ahead(device);
                     })?;
                 }
                 session.run()
