@@ -333,7 +333,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version)
             {
                 // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
-                let renewed = front.notify.renew(ino.0, version, doubt == Doubt::WillBeLost).await;
+                let anew = doubt == Doubt::WillBeLost;
+                let renewed = front.notify.renew(ino.0, version, anew, handle.is_some()).await;
                 if renewed.is_err() && handle.is_some() {
                     // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
                     // is shown what a read() asked for.

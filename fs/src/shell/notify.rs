@@ -35,11 +35,13 @@ const QUEUE_MAX: usize = 1024;
 /// Threads for purges that answers wait for, each for a part of the inodes: where one waits for a token others need not.
 const LANES: usize = 4;
 /// How often in a row the kernel is asked until it has what it was told. While a thread sets the file's size it takes in nothing.
-const ASKED_MAX: usize = 10;
+/// Where other nodes change the file, too, each time costs its token.
+const ASKED_MAX: usize = 3;
 /// Pause between two such rows, in which others have their turn.
 const ASK_AGAIN: Duration = Duration::from_millis(1);
-/// Rows after which it need only have the size: who writes all the time makes it lose nearly all answers.
-const WHOLE_MAX: usize = 10;
+/// Rows after which it need only have the size, and others may lose their answers: who writes all the time makes it lose nearly
+/// all of them.
+const PATIENT_MAX: usize = 3;
 /// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
 const ROWS_MAX: usize = 1000;
 
@@ -107,6 +109,8 @@ struct Renewal {
     anew: bool,
     /// All of it, not just the size.
     whole: bool,
+    /// Others are not to lose their answers.
+    patient: bool,
 }
 
 #[derive(Debug)]
@@ -188,7 +192,7 @@ impl Notify {
     async fn can_recognise(&self) -> bool {
         if !self.recognises.load(Ordering::Relaxed) && !self.asked.swap(true, Ordering::Relaxed) {
             let (done, wait) = oneshot::channel();
-            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false };
+            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false, patient: false };
             if self.urgent[0].send(Job::Renew(renewal, done)).await.is_ok() {
                 let _ = wait.await;
             }
@@ -219,17 +223,18 @@ impl Notify {
 
     /// Makes the kernel take in this version of a file (or a newer one) and drop pages that are older; waits until that is done.
     /// The answer to a GETATTR that was sent before may be lost then, and harmlessly. `anew`: it is lost already, so that even
-    /// what else may have changed must be taken in now.
+    /// what else may have changed must be taken in now. A `read()` needs only the size.
     ///
     /// # Errors
     /// The kernel cannot be asked. Nothing was done.
-    pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool) -> Result<(), Unseen> {
+    pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool, for_read: bool) -> Result<(), Unseen> {
         if !self.can_recognise().await {
             return Err(Unseen);
         }
         for row in 0.. {
             let (done, wait) = oneshot::channel();
-            let renewal = Renewal { ino, version, anew, whole: row < WHOLE_MAX };
+            let patient = row < PATIENT_MAX;
+            let renewal = Renewal { ino, version, anew, whole: patient && !for_read, patient };
             // Inodes made one after the other differ in their low bits.
             let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
             let sent = lane.send(Job::Renew(renewal, done)).await;
@@ -301,7 +306,7 @@ impl Lane {
     }
 
     fn renew(&self, renewal: Renewal) -> Result<bool, Unseen> {
-        let Renewal { ino, version, anew, whole } = renewal;
+        let Renewal { ino, version, anew, whole, patient } = renewal;
         for _ in 0..ASKED_MAX {
             // Perhaps it was done for somebody else meanwhile.
             let is_behind = self.known.is_behind(ino, version);
@@ -313,7 +318,7 @@ impl Lane {
                 if !is_behind {
                     return Ok(true);
                 }
-                if self.known.took_in(ino, self.thread, !whole) {
+                if self.known.took_in(ino, self.thread, !patient) {
                     self.purge(ino);
                     return Ok(true);
                 }
