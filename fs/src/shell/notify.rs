@@ -42,6 +42,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(1);
 /// Rows after which it need only have the size, and others may lose their answers: who writes all the time makes it lose nearly
 /// all of them.
 const PATIENT_MAX: usize = 3;
+/// Rows after which a larger size will do, if the file is being changed: it may be that of a write that has just ended. Before, it
+/// is more likely one that another node has cut.
+const EQUAL_MAX: usize = 100;
 /// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
 const ROWS_MAX: usize = 1000;
 
@@ -111,6 +114,8 @@ struct Renewal {
     whole: bool,
     /// Others are not to lose their answers.
     patient: bool,
+    /// A larger size will not do.
+    equal: bool,
 }
 
 #[derive(Debug)]
@@ -192,7 +197,7 @@ impl Notify {
     async fn can_recognise(&self) -> bool {
         if !self.recognises.load(Ordering::Relaxed) && !self.asked.swap(true, Ordering::Relaxed) {
             let (done, wait) = oneshot::channel();
-            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false, patient: false };
+            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false, patient: false, equal: false };
             if self.urgent[0].send(Job::Renew(renewal, done)).await.is_ok() {
                 let _ = wait.await;
             }
@@ -234,7 +239,7 @@ impl Notify {
         for row in 0.. {
             let (done, wait) = oneshot::channel();
             let patient = row < PATIENT_MAX;
-            let renewal = Renewal { ino, version, anew, whole: patient && !for_read, patient };
+            let renewal = Renewal { ino, version, anew, whole: patient && !for_read, patient, equal: row < EQUAL_MAX };
             // Inodes made one after the other differ in their low bits.
             let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
             let sent = lane.send(Job::Renew(renewal, done)).await;
@@ -306,14 +311,14 @@ impl Lane {
     }
 
     fn renew(&self, renewal: Renewal) -> Result<bool, Unseen> {
-        let Renewal { ino, version, anew, whole, patient } = renewal;
+        let Renewal { ino, version, anew, whole, patient, equal } = renewal;
         for _ in 0..ASKED_MAX {
             // Perhaps it was done for somebody else meanwhile.
             let is_behind = self.known.is_behind(ino, version);
             let Some(generation) = self.known.generation(ino).filter(|_| is_behind || anew) else { return Ok(true) };
             let seen = self.probe.ask(ino, generation)?;
-            // Who extends the file now is taken in without being told.
-            let has_size = seen.has.size == seen.told.size || seen.has.size > seen.told.size && self.known.is_changing(ino);
+            let is_longer = seen.has.size > seen.told.size && self.known.is_changing(ino);
+            let has_size = seen.has.size == seen.told.size || !equal && is_longer;
             if seen.has == seen.told || !whole && has_size {
                 if !is_behind {
                     return Ok(true);
