@@ -136,8 +136,8 @@ pub(crate) struct Notify {
     threads: Arc<[AtomicU32; LANES]>,
     /// A request of theirs was recognised.
     recognises: AtomicBool,
-    /// They have asked for the root.
-    asked: AtomicBool,
+    /// Held while they ask for the root.
+    greeting: tokio::sync::Mutex<()>,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     /// Room for refreshes that wait for their time.
@@ -173,8 +173,8 @@ impl Notify {
         ];
         let casual = lane("pulsar-refresh", None)?;
         let refreshes = Arc::new(Semaphore::new(QUEUE_MAX));
-        let (recognises, asked) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Notify { device, urgent, threads, recognises, asked, casual, refreshes, probe, known: known.clone(), runtime })
+        let (recognises, greeting) = (AtomicBool::new(false), tokio::sync::Mutex::default());
+        Ok(Notify { device, urgent, threads, recognises, greeting, casual, refreshes, probe, known: known.clone(), runtime })
     }
 
     /// The mount is served, as this device.
@@ -195,11 +195,16 @@ impl Notify {
     /// process sees: what they ask could then wait for themselves. So before anything waits for them they ask for the root, of
     /// which nothing is ever doubtful.
     async fn can_recognise(&self) -> bool {
-        if !self.recognises.load(Ordering::Relaxed) && !self.asked.swap(true, Ordering::Relaxed) {
-            let (done, wait) = oneshot::channel();
-            let renewal = Renewal { ino: INodeNo::ROOT.0, version: 0, anew: true, whole: false, patient: false, equal: false };
-            if self.urgent[0].send(Job::Renew(renewal, done)).await.is_ok() {
-                let _ = wait.await;
+        if !self.recognises.load(Ordering::Relaxed) {
+            // Who comes meanwhile waits for the first one's answer.
+            let _one = self.greeting.lock().await;
+            if !self.recognises.load(Ordering::Relaxed) {
+                let (done, wait) = oneshot::channel();
+                let ino = INodeNo::ROOT.0;
+                let root = Renewal { ino, version: 0, anew: true, whole: false, patient: false, equal: false };
+                if self.urgent[0].send(Job::Renew(root, done)).await.is_ok() {
+                    let _ = wait.await;
+                }
             }
         }
         self.recognises.load(Ordering::Relaxed)
