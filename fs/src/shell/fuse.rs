@@ -13,7 +13,7 @@
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
 use super::handles::{self, Handles};
-use super::known::{Answer, Changing, Doubt, How, Known, Moment};
+use super::known::{Answer, Changing, How, Known, Moment};
 use super::mount::TRANSFER_MAX;
 use super::notify::Notify;
 use super::rights;
@@ -132,8 +132,13 @@ impl<D: Disk> Front<D> {
         changing
     }
 
-    /// An access list, and with it the mode, was changed, of which the answer tells the kernel nothing.
-    fn listed(&self, ino: INodeNo, changing: Option<Option<Changing<'_>>>) {
+    /// To be held while a thread changes an attribute. If that is an access list it changes the mode with it, of which the answer
+    /// tells the kernel nothing: `listed` is to be called when it is done.
+    fn change_list(&self, name: &[u8], ino: INodeNo, thread: u32) -> Option<Changing<'_>> {
+        is_list(name).then(|| self.change(ino.0, thread)).flatten()
+    }
+
+    fn listed(&self, ino: INodeNo, changing: Option<Changing<'_>>) {
         if changing.is_some() {
             self.known.unsettle(ino.0);
         }
@@ -329,19 +334,19 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             let is_ours = front.notify.recognise(caller.pid);
             let answer = Front::<D>::answer(caller.pid, &attributes, false, if is_ours { How::Ours } else { How::Ordinary });
+            let mut ttl = if is_ours { Duration::ZERO } else { front.lifetime() };
             if let Some(version) = answer.version.filter(|_| !is_ours)
                 && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version)
             {
                 // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
-                let anew = doubt == Doubt::WillBeLost;
-                let renewed = front.notify.renew(ino.0, version, anew, handle.is_some()).await;
+                let renewed = front.notify.renew(ino.0, version, doubt, handle.is_some()).await;
                 if renewed.is_err() && handle.is_some() {
                     // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
-                    // is shown what a read() asked for.
+                    // is shown what a read() asked for, and nobody believes it.
                     attributes.mtime = translate::another_time(attributes.mtime);
+                    ttl = Duration::ZERO;
                 }
             }
-            let ttl = if is_ours { Duration::ZERO } else { front.lifetime() };
             let ttl = front.known.tell(start, ino.0, answer, ttl);
             reply.attr(&ttl, &front.identity.attributes(&attributes));
         });
@@ -794,7 +799,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         };
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
-            let changing = is_list(&name).then(|| front.change(ino.0, caller.pid));
+            let changing = front.change_list(&name, ino, caller.pid);
             let result = front.fs.set_xattr_if(front.identity.ino(ino), &name, &value, mode, &permit).await;
             front.listed(ino, changing);
             empty(result, reply);
@@ -835,7 +840,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
-            let changing = is_list(&name).then(|| front.change(ino.0, caller.pid));
+            let changing = front.change_list(&name, ino, caller.pid);
             let result = front.fs.remove_xattr_if(front.identity.ino(ino), &name, &permit).await;
             front.listed(ino, changing);
             empty(result, reply);

@@ -1,7 +1,7 @@
 //! What one kernel mount was told, and so may still believe.
 //!
 //! For every inode that the kernel knows: how often it looked it up, whether it holds attributes, and until when names, on the
-//! strength of a token, which version of its data it has surely taken in, and how old its pages may be.
+//! strength of a token, which version of its data it was seen to have, and how old its pages may be.
 //!
 //! Invariants:
 //! - `attributes` (`Names::told_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
@@ -9,10 +9,9 @@
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
 //! - A file's attributes are believed only while its pages are as new as they are, and nobody on this node changes its data.
-//! - A `read()` through the page cache goes on only when the kernel has surely taken in the size that goes with its answer, and
-//!   has no older pages; else it is *doubtful*, and waits until the kernel was made to (`notify`).
-//!
-//! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), what proves that one was taken in (`unheard`).
+//! - A `read()` through the page cache goes on only when the kernel was seen to have the size that goes with its answer, and has no
+//!   older pages; else it is *doubtful*, and waits until the kernel was made to (`notify`). Opening a file, for which the kernel
+//!   checks its mode, waits in the same way until it was seen to have that.
 //!
 //! Why replies need no lock: the kernel notes its attribute version when it *sends* LOOKUP, GETATTR and
 //! READDIRPLUS, and drops from the answer what an invalidation has overtaken. It does not do so for SETATTR, CREATE, MKDIR
@@ -23,11 +22,14 @@
 //! *settling*: that answer is given no lifetime, so that a further revocation has nothing to take back and sends nothing. When
 //! the same thread comes again it has taken its answer in, and from then on losing one harms nobody.
 //!
-//! The kernel also drops an answer that another thread's has overtaken, and any while a thread changes the file's size. And when
-//! an answer makes it drop old pages it does so *after* it has taken the new time in, so that a second thread, told the same,
-//! sees nothing new and reads the old pages. Neither can be seen from the answers; therefore doubts are settled by asking the
-//! kernel what it has, and by purging, and no answer is relied on for either.
+//! That will do for directories. Of a file the kernel also drops any answer while a thread sets the size. And when an answer
+//! makes it drop old pages it does so *after* it has taken the new time in, so that a second thread, told the same, sees nothing
+//! new and reads the old pages. Neither can be seen from the answers; therefore files are settled by asking the kernel what it
+//! has, and by purging, and no answer is relied on for either. Where it cannot be asked, the next best is done (`assume`).
+//!
+//! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), which of them may be on their way (`unheard`).
 
+use super::names::{self, Names};
 use super::unheard::{Kind, Unheard};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -37,17 +39,6 @@ use tokio::time::Instant;
 
 /// Locks, so that threads seldom meet.
 const SHARDS: usize = 64;
-/// How long the kernel may believe a name. Names are not taken back (the kernel can be made to forget them all, but then drops
-/// directories that are in use until they are looked up again, so that `getcwd()` fails there): they run out.
-pub(crate) const NAME_LIFETIME: Duration = Duration::from_millis(100);
-/// When a name that was told has run out for sure: the kernel counts in ticks of up to 10 ms, from when it takes the answer in.
-const NAME_RUNS_OUT: Duration = Duration::from_millis(200);
-/// After another node had to wait for names to run out, those of this directory are not cached for this long: it is probably
-/// being written by both. The time doubles whenever that was too short.
-const SHARED_DIRECTORY: Duration = Duration::from_secs(1);
-/// The longest such time.
-const SHARED_DIRECTORY_MAX: Duration = Duration::from_secs(60);
-
 /// Who asked about an inode will ask again within this time, or has stopped doing so.
 const ASKS_AGAIN: Duration = Duration::from_secs(2);
 /// Until requests that are under way may have been answered.
@@ -76,8 +67,19 @@ pub(crate) enum Doubt {
     /// An invalidation has overtaken it.
     WillBeLost,
     /// A `read()` may go on without it, or with pages of other data; so may what comes after any question and does not ask itself
-    /// (loads through a mapping, `sendfile`).
+    /// (loads through a mapping, `sendfile`), and a check of the mode.
     MayBeLost,
+}
+
+/// What is to be done now that the kernel was seen to have what our thread was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// Nothing: its pages are of this version, too.
+    Done,
+    /// Purge its pages; from now on until `purged`.
+    Purge,
+    /// Ask again: somebody else's answer may still undo it.
+    Again,
 }
 
 /// How the kernel takes an answer in (see `unheard`).
@@ -85,7 +87,7 @@ pub(crate) enum Doubt {
 pub(crate) enum How {
     /// If nothing has overtaken it: LOOKUP, GETATTR, READDIRPLUS.
     Ordinary,
-    /// So, too; and we ourselves asked.
+    /// So, too; and a thread of ours has asked.
     Ours,
     /// In any case: SETATTR, CREATE, LINK and the like.
     Forced,
@@ -117,7 +119,7 @@ struct Inode {
     has_taken_in: bool,
     has_pages: bool,
     attributes: bool,
-    /// The kernel has surely taken in an answer since the last revocation.
+    /// The kernel has surely taken in an answer since the last revocation (of a file: was seen to have).
     settled: bool,
     /// Purges under way.
     purging: u8,
@@ -146,15 +148,6 @@ impl Drop for Changing<'_> {
             rest.unheard.end_change(self.thread);
         }
     }
-}
-
-/// Names told in a directory.
-#[derive(Debug, Default)]
-struct Names {
-    /// When they were last told, since they were last revoked.
-    told_at: Option<Instant>,
-    /// When they were last taken back, and how long none are to be cached from then on.
-    shared: Option<(Instant, Duration)>,
 }
 
 impl Inode {
@@ -187,7 +180,7 @@ impl Inode {
         (self.has_pages, self.pages) = (pages.is_some(), pages.unwrap_or(0));
     }
 
-    /// The kernel has this version's attributes, or newer ones, for sure.
+    /// The kernel was seen to have this version's attributes, and can only get newer ones (but see `Unheard::may_undo`).
     fn taken_in(&self) -> Option<u64> {
         self.has_taken_in.then_some(self.taken_in)
     }
@@ -201,41 +194,35 @@ impl Inode {
         self.purging > 0 || self.pages().is_some_and(|pages| pages != version)
     }
 
+    /// Why the kernel must be asked before it can be relied on to have this version of a file.
+    fn is_doubtful(&self, version: u64) -> bool {
+        let may_be_undone = self.unheard().is_some_and(|unheard| unheard.may_undo(version));
+        !self.settled || self.taken_in() < Some(version) || may_be_undone
+    }
+
     /// A thread is here again.
     fn hear(&mut self, thread: u32) {
         if thread == 0 {
             return;
         }
         let Some(rest) = &mut self.rest else { return };
-        let heard = rest.unheard.hear(thread);
+        self.settled |= rest.unheard.hear(thread);
         if rest.unheard.is_empty() && rest.names.is_none() {
             self.rest = None;
-        }
-        self.settled |= heard.settled;
-        if heard.taken_in.is_some() {
-            self.set_taken_in(heard.taken_in);
         }
     }
 
     /// A thread is about to be sent an answer.
     fn send(&mut self, answer: Answer, current: bool) {
-        let Answer { thread, version, how, .. } = answer;
-        // What says nothing new may be lost.
-        let is_news = !self.settled || version.is_some() && version != self.taken_in() || how == How::Ours;
-        if thread != 0 && is_news {
-            let kind = match how {
-                How::Forced => Kind::Forced { settles: current },
-                How::Ordinary | How::Ours => Kind::Ordinary { sure: self.purging == 0, settles: current },
-            };
-            self.rest().unheard.send(thread, version.unwrap_or(0), kind);
-        }
-    }
-
-    /// An invalidation is about to be sent.
-    fn shake(&mut self, number: u64) {
-        self.shaken = number;
-        if let Some(unheard) = self.unheard_mut() {
-            unheard.shake();
+        let kind = match (answer.version, answer.how) {
+            (None, _) if self.settled => return,
+            (None, _) => Kind::Directory,
+            (Some(_), How::Ordinary) => return,
+            (Some(version), How::Ours) => Kind::Asked { version },
+            (Some(version), How::Forced) => Kind::Forced { version },
+        };
+        if answer.thread != 0 {
+            self.rest().unheard.send(answer.thread, kind, current);
         }
     }
 
@@ -249,16 +236,15 @@ impl Inode {
     }
 
     fn revoke(&mut self, number: u64) -> Forgotten {
-        let told_at = self.names_mut().and_then(|names| names.told_at.take());
         let forgotten = Forgotten {
             attributes: self.attributes,
-            names: told_at.map_or(Duration::ZERO, |at| NAME_RUNS_OUT.saturating_sub(at.elapsed())),
+            names: self.names_mut().map_or(Duration::ZERO, Names::revoke),
             pages: self.has_pages,
             revocation: Revocation(number),
         };
         self.unsettle(number);
         if std::mem::take(&mut self.attributes) {
-            self.shake(number);
+            self.shaken = number;
         }
         forgotten
     }
@@ -302,6 +288,11 @@ impl Drop for Asking<'_> {
     }
 }
 
+/// Which of `count` an inode belongs to. Inodes made one after the other differ in their low bits.
+pub(crate) fn spread(ino: u64, count: usize) -> usize {
+    (ino ^ (ino >> 32)) as usize % count
+}
+
 /// Boxed, so that room for more costs little when the table grows.
 type Shard = HashMap<u64, Box<Inode>>;
 
@@ -331,8 +322,7 @@ impl Known {
     }
 
     fn shard(&self, ino: u64) -> &Mutex<Shard> {
-        // Inodes made one after the other differ in their low bits.
-        &self.shards[(ino ^ (ino >> 32)) as usize % SHARDS]
+        &self.shards[spread(ino, SHARDS)]
     }
 
     fn stamp(&self) -> Stamp {
@@ -400,41 +390,61 @@ impl Known {
         let inode = shard.get_mut(&ino)?;
         inode.hear(thread);
         let will_be_lost = inode.purging > 0 || inode.shaken > start.0;
-        // Even who seems to be alone may lose the answer: while the kernel sets the file's size it takes in none, and it begins to
-        // before it tells us.
-        let doubtful = inode.taken_in() < Some(version) || inode.has_other_pages(version);
-        if will_be_lost { Some(Doubt::WillBeLost) } else { doubtful.then_some(Doubt::MayBeLost) }
+        let may_be_lost = inode.is_doubtful(version) || inode.has_other_pages(version);
+        if will_be_lost { Some(Doubt::WillBeLost) } else { may_be_lost.then_some(Doubt::MayBeLost) }
     }
 
-    /// Whether the kernel has not yet been made to take this version in, and to have no older pages.
+    /// Whether the kernel has not yet been made to take this version in, or a newer one, and to have no older pages.
     pub(crate) fn is_behind(&self, ino: u64, version: u64) -> bool {
         let shard = self.shard(ino).lock();
-        shard.get(&ino).is_some_and(|inode| {
-            inode.purging > 0 || inode.taken_in() < Some(version) || inode.pages().is_some_and(|pages| pages < version)
-        })
+        let has_older = |inode: &Inode| inode.purging > 0 || inode.pages().is_some_and(|pages| pages < version);
+        shard.get(&ino).is_some_and(|inode| inode.is_doubtful(version) || has_older(inode))
     }
 
-    /// The kernel was seen to have what our thread was told last. Its pages are to be purged from now on until `purged`; not
-    /// (false) if others were told something since, which the purge would make the kernel lose, unless that must be borne with.
-    pub(crate) fn took_in(&self, ino: u64, thread: u32, bear: bool) -> bool {
+    /// The kernel was seen to have the size that our thread was told last, and if `whole` all of it. `bear`: that others may still
+    /// undo it must be borne with.
+    pub(crate) fn took_in(&self, ino: u64, thread: u32, whole: bool, bear: bool) -> Seen {
         let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
-        let Some(inode) = shard.get_mut(&ino) else { return false };
-        let Some((version, overtaken)) = inode.unheard().and_then(|unheard| unheard.last(thread)) else { return false };
-        if overtaken && !bear {
-            return false;
+        let Some(inode) = shard.get_mut(&ino) else { return Seen::Done };
+        let Some(unheard) = inode.unheard_mut() else { return Seen::Again };
+        let Some((version, holds)) = unheard.asked(thread) else { return Seen::Again };
+        if bear {
+            unheard.give_up();
         }
+        let may_be_undone = unheard.may_undo(version);
+        inode.hear(thread);
+        if may_be_undone {
+            return Seen::Again;
+        }
+        inode.settled |= whole && holds;
+        // Pages that a write on this node has filled are not known of: they go whenever the version is another.
+        let is_new = inode.taken_in() != Some(version);
         inode.set_taken_in(Some(version));
-        inode.rest().unheard.outdate();
+        if !is_new && !inode.has_other_pages(version) {
+            return Seen::Done;
+        }
         Self::begin_purge(inode, number);
-        true
+        Seen::Purge
+    }
+
+    /// The kernel cannot be asked: from now on it is taken to have this version, and no pages of others.
+    pub(crate) fn assume(&self, ino: u64, version: u64) {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            if let Some(unheard) = inode.unheard_mut() {
+                unheard.give_up();
+            }
+            inode.settled = true;
+            inode.set_taken_in(Some(version));
+            inode.set_pages(None);
+        }
     }
 
     /// The pages are about to be purged: those that are told of from now on may remain. Answers on their way will be lost.
     fn begin_purge(inode: &mut Inode, number: u64) {
         inode.set_pages(None);
         inode.purging = inode.purging.saturating_add(1);
-        inode.shake(number);
+        inode.shaken = number;
     }
 
     /// The purge is over.
@@ -460,7 +470,7 @@ impl Known {
         inode.rest().unheard.begin_change();
         let believed = std::mem::take(&mut inode.attributes);
         if believed {
-            inode.shake(number);
+            inode.shaken = number;
         }
         (Some(Changing { known: self, ino, thread }), believed)
     }
@@ -484,7 +494,7 @@ impl Known {
     pub(crate) fn shake(&self, ino: u64) {
         let number = self.next_moment();
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.shake(number);
+            inode.shaken = number;
         }
     }
 
@@ -492,15 +502,14 @@ impl Known {
     pub(crate) fn tell_name(&self, start: Moment, directory: u64, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
-        let recently = self.elapsed(inode.revoked_at).is_some_and(|time| time < SHARED_DIRECTORY);
-        let shared = inode.names().and_then(|names| names.shared);
-        let contended = recently || shared.is_some_and(|(since, time)| since.elapsed() < time);
+        let recently = self.elapsed(inode.revoked_at).is_some_and(|time| time < names::SHARED);
+        let contended = recently || inode.names().is_some_and(Names::are_shared);
         if ttl.is_zero() || contended || !self.is_current(start, inode, true) {
             return Duration::ZERO;
         }
         inode.revoked_at = Stamp::default();
-        inode.rest().names.get_or_insert_default().told_at = Some(Instant::now());
-        ttl.min(NAME_LIFETIME)
+        inode.rest().names.get_or_insert_default().tell();
+        ttl.min(names::LIFETIME)
     }
 
     /// An access control list is about to be sent to a thread in answer to a request that began at `start`. The kernel keeps it
@@ -560,16 +569,9 @@ impl Known {
         let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
-        let now = Instant::now();
         inode.revoked_at = self.stamp();
-        if let Some(names) = inode.names_mut()
-            && names.told_at.is_some_and(|at| now - at < NAME_RUNS_OUT)
-        {
-            let time = match names.shared {
-                Some((since, time)) if now - since < time * 8 => (time * 2).min(SHARED_DIRECTORY_MAX),
-                _ => SHARED_DIRECTORY * 2,
-            };
-            names.shared = Some((now, time));
+        if let Some(names) = inode.names_mut() {
+            names.contend();
         }
         inode.revoke(number)
     }
@@ -583,7 +585,7 @@ impl Known {
         inode.revoked = number;
         let attributes = std::mem::take(&mut inode.attributes);
         if attributes {
-            inode.shake(number);
+            inode.shaken = number;
         }
         Forgotten {
             attributes,
@@ -599,9 +601,7 @@ impl Known {
     pub(crate) fn refresh(&self, ino: u64, revocation: Revocation, is_quiet: impl FnOnce() -> bool) -> Refresh {
         let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
-        let wanted = |i: &&mut Box<Inode>| {
-            i.revoked == revocation.0 && i.has_pages && !i.settled && !i.unheard().is_some_and(Unheard::may_settle)
-        };
+        let wanted = |i: &&mut Box<Inode>| i.revoked == revocation.0 && i.has_pages && !i.settled;
         let Some(inode) = shard.get_mut(&ino).filter(wanted) else { return Refresh::Needless };
         let asked = self.elapsed(inode.asked_at).map_or(Duration::ZERO, |time| ASKS_AGAIN.saturating_sub(time));
         match asked {
@@ -657,11 +657,12 @@ mod tests {
     #[test]
     fn an_answer_overtaken_by_a_revocation_is_not_believed() {
         let known = Known::new();
-        let ask = |thread| known.tell(known.begin(), 7, answer(thread, 1), TTL);
-        assert_eq!(known.tell(known.begin(), 7, look_up(0, 1), TTL), TTL);
+        let directory = |thread| Answer { version: None, ..answer(thread, 0) };
+        let ask = |thread| known.tell(known.begin(), 7, directory(thread), TTL);
+        assert_eq!(known.tell(known.begin(), 7, Answer { looked_up: true, ..directory(0) }, TTL), TTL);
         let late = known.begin();
         assert!(known.revoke(7).attributes);
-        assert_eq!(known.tell(late, 7, answer(20, 1), TTL), Duration::ZERO);
+        assert_eq!(known.tell(late, 7, directory(20), TTL), Duration::ZERO);
         assert!(!known.revoke(7).attributes, "nothing was believed, so nothing is to be forgotten");
         // The first answer since: nothing may make the kernel drop it, so there must be nothing to take back.
         assert_eq!(ask(21), Duration::ZERO);
@@ -671,6 +672,50 @@ mod tests {
         assert_eq!(ask(21), TTL, "it has taken that one in");
         assert_eq!(ask(22), TTL);
         assert!(known.revoke(7).attributes);
+    }
+
+    /// A thread of ours (9) asks the kernel, which is seen to have what it was told.
+    fn ask(known: &Known, version: u64, whole: bool) -> Seen {
+        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, version) }, Duration::ZERO);
+        known.took_in(7, 9, whole, false)
+    }
+
+    #[test]
+    fn a_revoked_file_is_believed_only_when_the_kernel_was_seen_to_have_all_of_it() {
+        let known = Known::new();
+        let told = || known.tell(known.begin(), 7, answer(1, 1), TTL);
+        let doubt = || known.doubt(known.begin(), 7, 1, 1);
+        assert_eq!(known.tell(known.begin(), 7, look_up(1, 1), TTL), TTL);
+        known.revoke(7);
+        assert_eq!((doubt(), told(), told()), (Some(Doubt::MayBeLost), Duration::ZERO, Duration::ZERO));
+        assert_eq!(ask(&known, 1, false), Seen::Done, "it had that version all the time");
+        assert_eq!((doubt(), told()), (Some(Doubt::MayBeLost), Duration::ZERO), "the mode may be another");
+        // Revoked while it was asked.
+        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, 1) }, Duration::ZERO);
+        known.revoke(7);
+        assert_eq!((known.took_in(7, 9, true, false), told()), (Seen::Done, Duration::ZERO));
+        assert_eq!((ask(&known, 1, true), doubt(), told()), (Seen::Done, None, TTL));
+    }
+
+    #[test]
+    fn a_forced_answer_keeps_what_is_newer_in_doubt_until_its_thread_is_heard() {
+        let known = Known::new();
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
+        known.tell(known.begin(), 7, Answer { how: How::Forced, ..answer(3, 2) }, Duration::ZERO);
+        assert!(known.is_behind(7, 2), "that it will take this in is not relied on");
+        assert_eq!(ask(&known, 2, true), Seen::Purge, "it is the same");
+        known.purged(7);
+        assert_eq!(known.doubt(known.begin(), 7, 1, 2), None);
+        // Another node writes.
+        assert_eq!(ask(&known, 3, true), Seen::Again);
+        assert!(known.is_behind(7, 3));
+        known.hear(7, 3);
+        assert_eq!(ask(&known, 3, true), Seen::Purge);
+        known.purged(7);
+        known.tell(known.begin(), 7, Answer { how: How::Forced, ..answer(3, 2) }, Duration::ZERO);
+        assert!(known.doubt(known.begin(), 7, 1, 3).is_some());
+        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, 3) }, Duration::ZERO);
+        assert_eq!(known.took_in(7, 9, true, true), Seen::Done, "borne with");
     }
 
     #[tokio::test(start_paused = true)]
@@ -686,7 +731,6 @@ mod tests {
         drop(asking);
         assert_eq!(known.refresh(7, first.revocation, || false), Refresh::Later(BUSY));
         known.tell(known.begin(), 7, answer(1, 2), TTL);
-        assert_eq!(now(first), Refresh::Needless, "by that answer the kernel sees that they are old");
         let second = known.revoke(7);
         assert_eq!(now(first), Refresh::Needless, "that is left to the newer one");
         assert_eq!(now(second), Refresh::Later(ASKS_AGAIN), "somebody asked a moment ago, and will again");
@@ -719,19 +763,12 @@ mod tests {
         known.tell_pages(7, 1, 1);
         assert!(!doubtful(2, 1), "it was made with that");
         assert!(doubtful(2, 2) && known.is_behind(7, 2));
-        // Somebody was told and may not have taken it in; heard, he has; but the pages may still be the old ones.
+        // Somebody was told, and comes again: he may have lost it.
         known.tell(known.begin(), 7, answer(3, 2), TTL);
-        assert!(known.is_behind(7, 2));
         known.hear(7, 3);
         assert!(doubtful(2, 2) && known.is_behind(7, 2));
-        // The kernel is asked by a thread of ours (9), and another one is told of something newer beside.
-        let ours = |version| Answer { how: How::Ours, ..answer(9, version) };
-        known.tell(known.begin(), 7, ours(3), TTL);
-        known.tell(known.begin(), 7, answer(3, 4), TTL);
-        assert!(!known.took_in(7, 9, false));
-        known.tell(known.begin(), 7, ours(4), TTL);
         let start = known.begin();
-        assert!(known.took_in(7, 9, false));
+        assert_eq!(ask(&known, 4, true), Seen::Purge);
         // Who asked before the purge will lose the answer, whatever it is for.
         assert_eq!(doubt(start), Some(Doubt::WillBeLost));
         assert!(known.is_behind(7, 4));
@@ -752,21 +789,33 @@ mod tests {
         assert_eq!(known.doubt(known.begin(), 7, 1, 1), None);
         // What is set by an attribute (a list with its mode) is believed only when the kernel has surely asked since.
         known.unsettle(7);
-        let ask = || known.tell(known.begin(), 7, answer(1, 1), TTL);
-        assert_eq!((ask(), ask()), (Duration::ZERO, TTL));
+        let told = || known.tell(known.begin(), 7, answer(1, 1), TTL);
+        assert_eq!((told(), ask(&known, 1, true), told()), (Duration::ZERO, Seen::Done, TTL));
     }
 
     #[test]
     fn attributes_are_not_believed_beside_old_pages() {
         let known = Known::new();
-        let ask = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
+        let told = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
         known.tell(known.begin(), 7, look_up(1, 1), TTL);
         known.tell_pages(7, 1, 1);
-        assert_eq!((ask(1), ask(2)), (TTL, Duration::ZERO));
-        assert!(known.took_in(7, 1, false));
-        assert_eq!(ask(2), Duration::ZERO, "they are being purged");
+        assert_eq!((told(1), told(2)), (TTL, Duration::ZERO));
+        assert_eq!(ask(&known, 2, true), Seen::Purge);
+        assert_eq!(told(2), Duration::ZERO, "they are being purged");
         known.purged(7);
-        assert_eq!(ask(2), TTL);
+        assert_eq!(told(2), TTL);
+    }
+
+    #[test]
+    fn where_the_kernel_cannot_be_asked_it_is_taken_for_granted_after_one_answer() {
+        let known = Known::new();
+        known.tell(known.begin(), 7, look_up(1, 1), TTL);
+        known.tell_pages(7, 1, 1);
+        known.revoke(7);
+        assert!(known.doubt(known.begin(), 7, 1, 2).is_some());
+        known.assume(7, 2);
+        assert_eq!(known.doubt(known.begin(), 7, 1, 2), None);
+        assert!(known.doubt(known.begin(), 7, 1, 3).is_some());
     }
 
     #[test]
@@ -833,23 +882,23 @@ mod tests {
         let known = Known::new();
         let tell = || known.tell_name(known.begin(), 1, TTL);
         known.tell(known.begin(), 1, Answer { version: None, ..look_up(0, 0) }, TTL);
-        assert_eq!(tell(), NAME_LIFETIME);
-        tokio::time::advance(NAME_LIFETIME).await;
-        assert_eq!(known.revoke(1).names, NAME_RUNS_OUT - NAME_LIFETIME);
+        assert_eq!(tell(), names::LIFETIME);
+        tokio::time::advance(names::LIFETIME).await;
+        assert_eq!(known.revoke(1).names, names::RUN_OUT - names::LIFETIME);
         assert_eq!(known.revoke(1).names, Duration::ZERO);
         assert_eq!(tell(), Duration::ZERO);
-        tokio::time::advance(SHARED_DIRECTORY * 2).await;
-        assert_eq!(tell(), NAME_LIFETIME);
-        assert_eq!(known.revoke(1).names, NAME_RUNS_OUT);
+        tokio::time::advance(names::SHARED * 2).await;
+        assert_eq!(tell(), names::LIFETIME);
+        assert_eq!(known.revoke(1).names, names::RUN_OUT);
         // Again: it was too short.
-        tokio::time::advance(SHARED_DIRECTORY * 3).await;
+        tokio::time::advance(names::SHARED * 3).await;
         assert_eq!(tell(), Duration::ZERO);
-        tokio::time::advance(SHARED_DIRECTORY).await;
-        assert_eq!(tell(), NAME_LIFETIME);
+        tokio::time::advance(names::SHARED).await;
+        assert_eq!(tell(), names::LIFETIME);
         // Nobody has to wait for names that were told long ago.
-        tokio::time::advance(SHARED_DIRECTORY_MAX).await;
+        tokio::time::advance(names::SHARED_MAX).await;
         assert_eq!(known.revoke(1).names, Duration::ZERO);
-        tokio::time::advance(SHARED_DIRECTORY).await;
-        assert_eq!(tell(), NAME_LIFETIME);
+        tokio::time::advance(names::SHARED).await;
+        assert_eq!(tell(), names::LIFETIME);
     }
 }

@@ -5,6 +5,7 @@ mod handles;
 mod known;
 mod locks;
 mod mount;
+mod names;
 mod notify;
 mod probe;
 mod rights;

@@ -15,7 +15,7 @@
 //!
 //! Excludes: who needs to be told what (`known`).
 
-use super::known::{Known, Refresh, Revocation};
+use super::known::{Doubt, Known, Refresh, Revocation, Seen, spread};
 use super::probe::{Device as Number, Probe, Unseen};
 use fuser::INodeNo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 
 /// Purges that may wait in a lane.
 const QUEUE_MAX: usize = 1024;
@@ -37,7 +37,7 @@ const LANES: usize = 4;
 /// How often in a row the kernel is asked until it has what it was told. While a thread sets the file's size it takes in nothing.
 /// Where other nodes change the file, too, each time costs its token.
 const ASKED_MAX: usize = 3;
-/// Pause between two such rows, in which others have their turn.
+/// Pause between two such rows, in which others have their turn. Nothing tells when the kernel has set a size.
 const ASK_AGAIN: Duration = Duration::from_millis(1);
 /// Rows after which it need only have the size, and others may lose their answers: who writes all the time makes it lose nearly
 /// all of them.
@@ -122,6 +122,8 @@ struct Renewal {
 enum Job {
     /// Make the kernel take in a version and purge what is older; tells whether it has.
     Renew(Renewal, oneshot::Sender<Result<bool, Unseen>>),
+    /// Ask for the root.
+    Greet(oneshot::Sender<()>),
     /// Purge if that is to be done just now; tells what was.
     Refresh(u64, Revocation, oneshot::Sender<Refresh>),
 }
@@ -131,13 +133,13 @@ enum Job {
 pub(crate) struct Notify {
     device: Arc<Device>,
     /// For answers that wait for a purge.
-    urgent: [mpsc::Sender<Job>; LANES],
+    urgent: Vec<mpsc::Sender<Job>>,
     /// Their threads' numbers.
     threads: Arc<[AtomicU32; LANES]>,
     /// A request of theirs was recognised.
     recognises: AtomicBool,
-    /// Held while they ask for the root.
-    greeting: tokio::sync::Mutex<()>,
+    /// They have asked for the root, and were.
+    greeted: OnceCell<()>,
     /// For memory mappings, which have no right to be coherent.
     casual: mpsc::Sender<Job>,
     /// Room for refreshes that wait for their time.
@@ -165,16 +167,11 @@ impl Notify {
             })?;
             Ok::<_, io::Error>(sender)
         };
-        let urgent = [
-            lane("pulsar-purge-0", Some(0))?,
-            lane("pulsar-purge-1", Some(1))?,
-            lane("pulsar-purge-2", Some(2))?,
-            lane("pulsar-purge-3", Some(3))?,
-        ];
+        let urgent = (0..LANES).map(|n| lane(&format!("pulsar-purge-{n}"), Some(n))).collect::<io::Result<_>>()?;
         let casual = lane("pulsar-refresh", None)?;
         let refreshes = Arc::new(Semaphore::new(QUEUE_MAX));
-        let (recognises, greeting) = (AtomicBool::new(false), tokio::sync::Mutex::default());
-        Ok(Notify { device, urgent, threads, recognises, greeting, casual, refreshes, probe, known: known.clone(), runtime })
+        let (recognises, greeted) = (AtomicBool::new(false), OnceCell::new());
+        Ok(Notify { device, urgent, threads, recognises, greeted, casual, refreshes, probe, known: known.clone(), runtime })
     }
 
     /// The mount is served, as this device.
@@ -186,7 +183,7 @@ impl Notify {
     pub(crate) fn recognise(&self, thread: u32) -> bool {
         let is_ours = self.threads.iter().any(|t| t.load(Ordering::SeqCst) == thread);
         if is_ours && !self.recognises.load(Ordering::Relaxed) {
-            self.recognises.store(true, Ordering::Relaxed);
+            self.recognises.store(true, Ordering::SeqCst);
         }
         is_ours
     }
@@ -195,19 +192,15 @@ impl Notify {
     /// process sees: what they ask could then wait for themselves. So before anything waits for them they ask for the root, of
     /// which nothing is ever doubtful.
     async fn can_recognise(&self) -> bool {
-        if !self.recognises.load(Ordering::Relaxed) {
-            // Who comes meanwhile waits for the first one's answer.
-            let _one = self.greeting.lock().await;
-            if !self.recognises.load(Ordering::Relaxed) {
-                let (done, wait) = oneshot::channel();
-                let ino = INodeNo::ROOT.0;
-                let root = Renewal { ino, version: 0, anew: true, whole: false, patient: false, equal: false };
-                if self.urgent[0].send(Job::Renew(root, done)).await.is_ok() {
-                    let _ = wait.await;
-                }
+        // Who comes meanwhile waits for the first one's answer. Without success the next one tries again.
+        let greet = || async {
+            let (done, wait) = oneshot::channel();
+            if self.urgent[0].send(Job::Greet(done)).await.is_ok() {
+                let _ = wait.await;
             }
-        }
-        self.recognises.load(Ordering::Relaxed)
+            self.recognises.load(Ordering::SeqCst).then_some(()).ok_or(Unseen)
+        };
+        self.greeted.get_or_try_init(greet).await.is_ok()
     }
 
     /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
@@ -232,23 +225,32 @@ impl Notify {
     }
 
     /// Makes the kernel take in this version of a file (or a newer one) and drop pages that are older; waits until that is done.
-    /// The answer to a GETATTR that was sent before may be lost then, and harmlessly. `anew`: it is lost already, so that even
-    /// what else may have changed must be taken in now. A `read()` needs only the size.
+    /// The answer to a GETATTR that was sent before may be lost then, and harmlessly; if it is lost already, even what else may have
+    /// changed must be taken in now. A `read()` needs only the size.
     ///
     /// # Errors
-    /// The kernel cannot be asked. Nothing was done.
-    pub(crate) async fn renew(&self, ino: u64, version: u64, anew: bool, for_read: bool) -> Result<(), Unseen> {
-        if !self.can_recognise().await {
-            return Err(Unseen);
+    /// The kernel cannot be asked. From now on it is taken for granted that it has this version: the answer must make it so.
+    pub(crate) async fn renew(&self, ino: u64, version: u64, doubt: Doubt, for_read: bool) -> Result<(), Unseen> {
+        let renewed =
+            if self.can_recognise().await { self.ask_until_taken_in(ino, version, doubt, for_read).await } else { Err(Unseen) };
+        if renewed.is_err() {
+            self.known.assume(ino, version);
         }
+        renewed
+    }
+
+    async fn ask_until_taken_in(&self, ino: u64, version: u64, doubt: Doubt, for_read: bool) -> Result<(), Unseen> {
+        // What is done for one inode is done by one thread.
+        let lane = &self.urgent[spread(ino, LANES)];
+        let anew = doubt == Doubt::WillBeLost;
         for row in 0.. {
             let (done, wait) = oneshot::channel();
             let patient = row < PATIENT_MAX;
             let renewal = Renewal { ino, version, anew, whole: patient && !for_read, patient, equal: row < EQUAL_MAX };
-            // Inodes made one after the other differ in their low bits.
-            let lane = &self.urgent[(ino ^ (ino >> 32)) as usize % LANES];
-            let sent = lane.send(Job::Renew(renewal, done)).await;
-            if sent.is_err() || wait.await.unwrap_or(Err(Unseen))? {
+            if lane.send(Job::Renew(renewal, done)).await.is_err() {
+                break;
+            }
+            if wait.await.unwrap_or(Err(Unseen))? {
                 break;
             }
             if row >= ROWS_MAX && !self.known.is_changing(ino) {
@@ -304,6 +306,12 @@ impl Lane {
                 Job::Renew(renewal, done) => {
                     let _ = done.send(self.renew(renewal));
                 }
+                Job::Greet(done) => {
+                    let root = INodeNo::ROOT.0;
+                    // That it is asked for is all that counts.
+                    let _ = self.probe.ask(root, self.known.generation(root).unwrap_or(0));
+                    let _ = done.send(());
+                }
                 Job::Refresh(ino, revocation, answer) => {
                     let what = self.known.refresh(ino, revocation, || !self.device.has_requests());
                     if what == Refresh::Now {
@@ -324,13 +332,18 @@ impl Lane {
             let seen = self.probe.ask(ino, generation)?;
             let is_longer = seen.has.size > seen.told.size && self.known.is_changing(ino);
             let has_size = seen.has.size == seen.told.size || !equal && is_longer;
-            if seen.has == seen.told || !whole && has_size {
+            let has_all = seen.has == seen.told;
+            if has_all || !whole && has_size {
                 if !is_behind {
                     return Ok(true);
                 }
-                if self.known.took_in(ino, self.thread, !patient) {
-                    self.purge(ino);
-                    return Ok(true);
+                match self.known.took_in(ino, self.thread, has_all, !patient) {
+                    Seen::Done => return Ok(true),
+                    Seen::Purge => {
+                        self.purge(ino);
+                        return Ok(true);
+                    }
+                    Seen::Again => {}
                 }
             }
             std::thread::yield_now();

@@ -1,62 +1,52 @@
-//! Whose answers the kernel may not have taken in yet.
+//! Answers that the kernel may not have taken in yet.
 //!
 //! An answer is taken in by the thread that asked, when it gets to run, and how depends on what has happened since it asked:
 //! - an *ordinary* answer (LOOKUP, GETATTR, READDIRPLUS) is lost if the kernel took in another one, an invalidation or a change
-//!   of the same inode meanwhile, or while a thread sets the file's size (`fc->attr_version`, `FUSE_I_SIZE_UNSTABLE`);
-//! - a *forced* one (SETATTR, LINK, CREATE) is taken in whatever has happened;
+//!   of the same inode meanwhile, or while a thread sets the file's size, which the kernel begins to do before it tells us
+//!   (`fc->attr_version`, `FUSE_I_SIZE_UNSTABLE`);
+//! - a *forced* one (SETATTR, LINK, CREATE) is taken in even if the kernel has taken in something newer;
 //! - a *change* of data (WRITE, `fallocate`, opening with `O_TRUNC`) has no attributes in its answer, and makes others lose theirs.
 //!
-//! A thread that asks something else has taken in, or lost, what it was told before: it is *heard*. Nothing else proves it, short
-//! of asking the kernel what it has (`probe`).
+//! A thread that asks something else is done with what it was told before: it is *heard*. That the kernel has kept it is proved
+//! by that for directories, whose answers only an invalidation can make it lose. For files only asking the kernel proves it
+//! (`probe`).
 //!
 //! Invariants:
-//! - What `hear` says was taken in is what the kernel has, or something newer.
-//! - The list is bounded. What falls off it counts as never heard, until the kernel has been asked.
+//! - The list is bounded. If anything falls off it that could still undo something, so may whoever is not on it (`may_undo`).
 //!
 //! Excludes: what follows from it (`known`).
 
 /// Answers remembered per inode.
 const UNHEARD_MAX: usize = 8;
 
-/// How the kernel takes something in.
+/// What was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// An ordinary answer. `sure`: nothing is known that could make the kernel lose it. `settles`: it was true when it was sent.
-    Ordinary {
-        sure: bool,
-        settles: bool,
-    },
-    Forced {
-        settles: bool,
-    },
+    /// The attributes of a directory.
+    Directory,
+    /// A file's attributes, to a thread of ours that asks for them in order to see what the kernel takes in.
+    Asked { version: u64 },
+    /// A file's attributes, which are taken in in any case.
+    Forced { version: u64 },
+    /// That the data was changed.
     Change,
 }
 
-/// What a thread was sent.
 #[derive(Clone, Copy, Debug)]
 struct Sent {
     thread: u32,
     kind: Kind,
-    /// The version of the data that it was told of.
-    version: u64,
+    /// What was told was true then, and was not taken back since.
+    holds: bool,
 }
 
-/// What is known now that a thread is here again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Heard {
-    /// An answer that was true when it was sent, and was not taken back since, has been dealt with.
-    pub(super) settled: bool,
-    /// The kernel has this version's attributes.
-    pub(super) taken_in: Option<u64>,
-}
-
-/// Answers about one inode that may not have been taken in, in the order in which they were sent.
+/// Answers about one inode that may not have been taken in.
 #[derive(Debug, Default)]
 pub(super) struct Unheard {
     sent: Vec<Sent>,
     /// Changes under way.
     changing: u16,
-    /// An entry was dropped.
+    /// A forced answer fell off the list.
     overflowed: bool,
 }
 
@@ -65,70 +55,41 @@ impl Unheard {
         self.sent.is_empty() && self.changing == 0 && !self.overflowed
     }
 
-    /// A thread is about to be sent this.
-    pub(super) fn send(&mut self, thread: u32, version: u64, mut kind: Kind) {
-        if let Kind::Ordinary { sure, .. } = &mut kind {
-            *sure = *sure && self.changing == 0 && !self.sent.iter().any(|s| s.kind == Kind::Change && s.thread != thread);
-        }
+    /// A thread is about to be sent this. `holds`: it is true now.
+    pub(super) fn send(&mut self, thread: u32, kind: Kind, holds: bool) {
         self.sent.retain(|s| s.thread != thread);
         if self.sent.len() == UNHEARD_MAX {
-            self.sent.remove(0);
-            self.overflowed = true;
+            let oldest = self.sent.remove(0);
+            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. });
         }
         self.sent.reserve_exact(1);
-        self.sent.push(Sent { thread, kind, version });
+        self.sent.push(Sent { thread, kind, holds });
     }
 
-    /// A thread is here again.
-    pub(super) fn hear(&mut self, thread: u32) -> Heard {
-        let Some(at) = self.sent.iter().position(|s| s.thread == thread) else { return Heard::default() };
+    /// A thread is here again. Returns whether the kernel has so been told, of a directory, what still holds.
+    pub(super) fn hear(&mut self, thread: u32) -> bool {
+        let Some(at) = self.sent.iter().position(|s| s.thread == thread) else { return false };
         let was = self.sent.remove(at);
-        let (settled, sure) = match was.kind {
-            Kind::Ordinary { sure, settles } => (settles, sure),
-            Kind::Forced { settles } => (settles, true),
-            Kind::Change => (false, false),
-        };
-        // If another one was taken in before, it was of the same version.
-        let agreed = self.changing == 0 && !self.overflowed;
-        let agreed = agreed && self.sent.iter().all(|s| s.kind != Kind::Change && s.version == was.version);
-        Heard { settled, taken_in: (sure && agreed).then_some(was.version) }
+        was.kind == Kind::Directory && was.holds
     }
 
-    /// An invalidation makes the kernel lose ordinary answers that are on their way.
-    pub(super) fn shake(&mut self) {
-        for s in &mut self.sent {
-            if let Kind::Ordinary { sure, .. } = &mut s.kind {
-                *sure = false;
-            }
-        }
-    }
-
-    /// What was sent so far is not true any more.
+    /// What was sent so far does not hold any more.
     pub(super) fn revoke(&mut self) {
-        for s in &mut self.sent {
-            if let Kind::Ordinary { settles, .. } | Kind::Forced { settles } = &mut s.kind {
-                *settles = false;
-            }
+        for sent in &mut self.sent {
+            sent.holds = false;
         }
     }
 
     pub(super) fn begin_change(&mut self) {
         self.changing = self.changing.saturating_add(1);
-        self.shake();
     }
 
     /// A change ends: its thread is about to be told.
     pub(super) fn end_change(&mut self, thread: u32) {
         self.changing = self.changing.saturating_sub(1);
-        self.shake();
         if thread != 0 {
-            self.send(thread, 0, Kind::Change);
+            self.send(thread, Kind::Change, false);
         }
-    }
-
-    /// Whether somebody changes the data, or may not have taken in yet that he did.
-    pub(super) fn is_changing(&self) -> bool {
-        self.changing > 0 || self.sent.iter().any(|s| s.kind == Kind::Change)
     }
 
     /// Whether a change is under way.
@@ -136,21 +97,28 @@ impl Unheard {
         self.changing > 0
     }
 
-    /// Whether somebody was told something that has not been taken back since.
-    pub(super) fn may_settle(&self) -> bool {
-        self.sent.iter().any(|s| matches!(s.kind, Kind::Ordinary { settles: true, .. } | Kind::Forced { settles: true }))
+    /// Whether a change is under way, or who made one may not have taken in yet that it did.
+    pub(super) fn is_changing(&self) -> bool {
+        self.changing > 0 || self.sent.iter().any(|s| s.kind == Kind::Change)
     }
 
-    /// What this thread was told last, and whether others were sent ordinary answers since.
-    pub(super) fn last(&self, thread: u32) -> Option<(u64, bool)> {
-        let at = self.sent.iter().position(|s| s.thread == thread)?;
-        let is_ordinary = |s: &Sent| matches!(s.kind, Kind::Ordinary { .. });
-        Some((self.sent[at].version, self.sent[at + 1..].iter().any(is_ordinary)))
+    /// What a thread of ours was told when it asked: the version, and whether it still holds.
+    pub(super) fn asked(&self, thread: u32) -> Option<(u64, bool)> {
+        self.sent.iter().find_map(|s| match s.kind {
+            Kind::Asked { version } if s.thread == thread => Some((version, s.holds)),
+            _ => None,
+        })
     }
 
-    /// The kernel is known to have newer attributes than ordinary answers could give it.
-    pub(super) fn outdate(&mut self) {
-        self.sent.retain(|s| !matches!(s.kind, Kind::Ordinary { .. }));
+    /// Whether somebody may still make the kernel take in another version than this one, though it has this.
+    pub(super) fn may_undo(&self, version: u64) -> bool {
+        let is_other = |s: &Sent| matches!(s.kind, Kind::Forced { version: other } if other != version);
+        self.overflowed || self.sent.iter().any(is_other)
+    }
+
+    /// Forced answers are taken for taken in, which they are by now unless their threads do not get to run.
+    pub(super) fn give_up(&mut self) {
+        self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. }));
         self.overflowed = false;
     }
 }
@@ -159,78 +127,61 @@ impl Unheard {
 mod tests {
     use super::*;
 
-    const ORDINARY: Kind = Kind::Ordinary { sure: true, settles: true };
-
-    fn took(unheard: &mut Unheard, thread: u32) -> Option<u64> {
-        unheard.hear(thread).taken_in
-    }
-
     #[test]
-    fn who_comes_again_has_taken_in_what_nothing_could_make_the_kernel_lose() {
+    fn who_comes_again_has_taken_in_what_it_was_told_of_a_directory() {
         let mut u = Unheard::default();
-        u.send(1, 7, ORDINARY);
-        assert_eq!(u.hear(2), Heard::default());
-        assert_eq!(u.hear(1), Heard { settled: true, taken_in: Some(7) });
+        u.send(1, Kind::Directory, true);
+        u.send(2, Kind::Directory, false);
+        assert!(!u.hear(3) && u.hear(1) && !u.hear(1) && !u.hear(2));
         assert!(u.is_empty());
-        // Of another version: whichever is taken in first makes the kernel lose the other.
-        u.send(1, 7, ORDINARY);
-        u.send(2, 8, ORDINARY);
-        assert_eq!((took(&mut u, 1), took(&mut u, 2)), (None, Some(8)));
-        // Of the same one: never mind which.
-        u.send(1, 9, ORDINARY);
-        u.send(2, 9, ORDINARY);
-        assert_eq!((took(&mut u, 1), took(&mut u, 2)), (Some(9), Some(9)));
-    }
-
-    #[test]
-    fn an_invalidation_and_a_change_make_the_kernel_lose_ordinary_answers() {
-        let mut u = Unheard::default();
-        u.send(1, 7, ORDINARY);
-        u.send(2, 7, Kind::Forced { settles: true });
-        u.shake();
-        assert_eq!((took(&mut u, 1), took(&mut u, 2)), (None, Some(7)));
-        u.send(1, 7, ORDINARY);
-        u.begin_change();
-        u.end_change(2);
-        assert!(u.is_changing());
-        assert_eq!(took(&mut u, 1), None, "lost");
-        u.send(1, 7, ORDINARY);
-        assert_eq!(u.hear(2), Heard::default());
-        assert_eq!(took(&mut u, 1), None, "when it was sent the end of the change had not been taken in");
-        u.send(1, 7, ORDINARY);
-        assert!(!u.is_changing());
-        assert_eq!(took(&mut u, 1), Some(7));
-    }
-
-    #[test]
-    fn what_was_revoked_settles_nothing() {
-        let mut u = Unheard::default();
-        u.send(1, 7, ORDINARY);
-        assert!(u.may_settle());
+        u.send(1, Kind::Directory, true);
         u.revoke();
-        assert!(!u.may_settle());
-        assert_eq!(u.hear(1), Heard { settled: false, taken_in: Some(7) });
+        assert!(!u.hear(1));
+        u.send(1, Kind::Asked { version: 1 }, true);
+        assert!(!u.hear(1), "of a file it proves nothing");
     }
 
     #[test]
-    fn what_falls_off_is_never_taken_for_heard() {
+    fn a_forced_answer_may_undo_another_version_until_its_thread_is_heard() {
         let mut u = Unheard::default();
-        for thread in 1..=UNHEARD_MAX as u32 + 1 {
-            u.send(thread, u64::from(thread > 1), ORDINARY);
-        }
-        assert_eq!(u.hear(1), Heard::default());
-        assert_eq!(took(&mut u, 2), None, "the one that fell off may have been taken in since");
-        u.outdate();
-        u.send(3, 2, ORDINARY);
-        assert_eq!(took(&mut u, 3), Some(2));
+        u.send(1, Kind::Forced { version: 7 }, true);
+        u.send(2, Kind::Asked { version: 8 }, true);
+        assert!(u.may_undo(8) && !u.may_undo(7));
+        assert_eq!((u.asked(2), u.asked(1)), (Some((8, true)), None));
+        u.hear(1);
+        assert!(!u.may_undo(8));
+        u.send(1, Kind::Forced { version: 7 }, true);
+        u.give_up();
+        assert!(!u.may_undo(8));
+        assert_eq!(u.asked(2), Some((8, true)));
+        u.revoke();
+        assert_eq!(u.asked(2), Some((8, false)));
     }
 
     #[test]
-    fn the_last_answer_of_a_thread_is_overtaken_by_those_sent_after_it() {
+    fn what_falls_off_may_still_undo_something_if_it_was_forced() {
         let mut u = Unheard::default();
-        u.send(1, 7, ORDINARY);
-        u.send(2, 8, ORDINARY);
+        let fill = |u: &mut Unheard| (2..=UNHEARD_MAX as u32 + 1).for_each(|thread| u.send(thread, Kind::Change, false));
+        u.send(1, Kind::Change, false);
+        fill(&mut u);
+        assert!(!u.may_undo(7));
+        u.send(1, Kind::Forced { version: 7 }, true);
+        fill(&mut u);
+        u.send(20, Kind::Change, false);
+        u.send(21, Kind::Change, false);
+        assert!(u.may_undo(7));
+        u.give_up();
+        assert!(!u.may_undo(7));
+    }
+
+    #[test]
+    fn a_change_lasts_until_its_thread_is_heard() {
+        let mut u = Unheard::default();
+        u.begin_change();
+        assert!(u.is_under_change() && u.is_changing());
         u.end_change(3);
-        assert_eq!((u.last(1), u.last(2), u.last(4)), (Some((7, true)), Some((8, false)), None));
+        assert!(!u.is_under_change() && u.is_changing());
+        u.hear(3);
+        assert!(!u.is_changing() && u.is_empty());
     }
 }

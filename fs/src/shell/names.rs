@@ -1,0 +1,56 @@
+//! Names in one directory that the kernel was told, and may believe.
+//!
+//! Names are not taken back (the kernel can be made to forget them all, but then drops directories that are in use until they are
+//! looked up again, so that `getcwd()` fails there): they run out, and who changes the directory on another node waits for that.
+//!
+//! Excludes: on the strength of what they are told (`known`).
+
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long the kernel may believe a name.
+pub(crate) const LIFETIME: Duration = Duration::from_millis(100);
+/// When a name that was told has run out for sure: the kernel counts in ticks of up to 10 ms, from when it takes the answer in.
+pub(super) const RUN_OUT: Duration = Duration::from_millis(200);
+/// After another node had to wait for names to run out, those of this directory are not cached for this long: it is probably
+/// being written by both. The time doubles whenever that was too short.
+pub(super) const SHARED: Duration = Duration::from_secs(1);
+/// The longest such time.
+pub(super) const SHARED_MAX: Duration = Duration::from_secs(60);
+
+/// Names told in a directory.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// When they were last told, since they were last revoked.
+    told_at: Option<Instant>,
+    /// When another node last had to wait for them, and how long none are to be cached from then on.
+    shared: Option<(Instant, Duration)>,
+}
+
+impl Names {
+    /// A name is about to be told.
+    pub(super) fn tell(&mut self) {
+        self.told_at = Some(Instant::now());
+    }
+
+    /// Whether they had to be waited for not long ago.
+    pub(super) fn are_shared(&self) -> bool {
+        self.shared.is_some_and(|(since, time)| since.elapsed() < time)
+    }
+
+    /// Another node is about to change the directory.
+    pub(super) fn contend(&mut self) {
+        if self.told_at.is_some_and(|at| at.elapsed() < RUN_OUT) {
+            let time = match self.shared {
+                Some((since, time)) if since.elapsed() < time * 8 => (time * 2).min(SHARED_MAX),
+                _ => SHARED * 2,
+            };
+            self.shared = Some((Instant::now(), time));
+        }
+    }
+
+    /// None is to be believed any more. Returns after what time none is.
+    pub(super) fn revoke(&mut self) -> Duration {
+        self.told_at.take().map_or(Duration::ZERO, |at| RUN_OUT.saturating_sub(at.elapsed()))
+    }
+}
