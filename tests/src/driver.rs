@@ -64,7 +64,7 @@ impl Driver for Oracle {
 pub async fn compare(driver: &mut impl Driver, nodes: usize, steps: &[Step]) -> Result<(), String> {
     let traits = driver.traits();
     let mut oracle = Oracle::with(traits);
-    let mut comparer = Comparer::default();
+    let mut comparer = Comparer::with(traits);
     for (at, Step { node, op }) in steps.iter().enumerate() {
         // What a generator leaves out can come about when a sequence is made shorter.
         if oracle.opens_unsuited(op) {

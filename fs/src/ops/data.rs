@@ -457,17 +457,14 @@ impl<D: Disk> FileSystem<D> {
         if to > inode.size && inode.flags & RESIDUE != 0 {
             return Ok(Step::Residue);
         }
-        let mode = inode.mode;
         terms.apply(&mut inode)?;
         let mut tx = Transaction::new(self.disk());
         let after = put(&mut tx, &mut inode, from, to, fill).await?;
-        let size = if keep_size { inode.size } else { inode.size.max(to) };
-        if size > inode.size || matches!(fill, Fill::Zeros) {
-            self.changed(&mut inode);
-        } else if tx.is_empty() && inode.mode == mode {
-            return Ok(Step::Done(()));
+        // As on other file systems its times change even if all was there already.
+        self.changed(&mut inode);
+        if !keep_size {
+            inode.size = inode.size.max(to);
         }
-        inode.size = size;
         inode.write(&mut tx, &after);
         tx.commit()?;
         Ok(Step::Done(()))

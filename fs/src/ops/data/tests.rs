@@ -356,6 +356,18 @@ fn stamp(ino: Ino, at: u64, round: u64) -> [u8; BLOCK_SIZE] {
     block
 }
 
+/// Nothing but a time that is too far ahead to be a clock's is taken back.
+#[test]
+fn a_change_is_later_than_the_one_before_whatever_the_clock_says() {
+    use super::{CLOCK_SKEW_SECONDS, later};
+    let at = |seconds, nanos| Time { seconds, nanos };
+    assert_eq!(later(at(11, 0), at(10, 5)), at(11, 0));
+    assert_eq!(later(at(10, 5), at(10, 5)), at(10, 6));
+    assert_eq!(later(at(10, 0), at(10, 999_999_999)), at(11, 0));
+    assert_eq!(later(at(10, 0), at(10 + CLOCK_SKEW_SECONDS, 5)), at(10 + CLOCK_SKEW_SECONDS, 6));
+    assert_eq!(later(at(10, 0), at(11 + CLOCK_SKEW_SECONDS, 0)), at(10, 0));
+}
+
 #[test]
 fn extended_attributes_are_kept_small_and_large() {
     use crate::ops::xattr::SetMode;
@@ -403,6 +415,18 @@ fn extended_attributes_are_kept_small_and_large() {
         let object = ObjectId::Inode(ino.0);
         assert_eq!(fs.inode(ino).await.unwrap().object(), object);
         check_blocks(&f, ino, true).await;
+        // All its blocks, to the last byte: each value costs its name and five bytes beside it.
+        for name in model.keys() {
+            fs.remove_xattr(ino, name).await.unwrap();
+        }
+        for name in [b"user.a", b"user.b", b"user.c"] {
+            fs.set_xattr(ino, name, &[7; 65_536], SetMode::Any).await.unwrap();
+        }
+        let left = 259_072 - 3 * (65_536 + 6 + 5) - (6 + 5);
+        let last = vec![8; left + 1];
+        assert_eq!(fs.set_xattr(ino, b"user.d", &last, SetMode::Any).await, Err(FsError::NoSpace));
+        fs.set_xattr(ino, b"user.d", &last[1..], SetMode::Any).await.unwrap();
+        assert_eq!(fs.get_xattr(ino, b"user.d").await.unwrap(), &last[1..]);
         assert_eq!(fs.set_xattr(ino, b"user.x", &vec![0; 65_537], SetMode::Any).await, Err(FsError::TooBig));
         fs.set_xattr(ino, b"trusted.t", b"1", SetMode::Any).await.unwrap();
         assert!(!fs.list_xattr(ino, false).await.unwrap().starts_with(b"trusted"));
