@@ -1,4 +1,4 @@
-//! `FsError`: what can go wrong with a file operation, sorted as POSIX sorts it. The numbers appear only here.
+//! `FsError`: what can go wrong with a file operation, sorted as POSIX sorts it. The numbers appear only here and in the shell.
 
 use cluster::BlockNo;
 use nix::libc;

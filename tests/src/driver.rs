@@ -177,10 +177,7 @@ mod tests {
             return;
         }
         // Of others than root only where the oracle knows what the machine forbids.
-        let protected = ["symlinks", "regular", "fifos"].iter().any(|what| {
-            let value = std::fs::read_to_string(format!("/proc/sys/fs/protected_{what}"));
-            value.is_ok_and(|value| value.trim() != "0")
-        });
+        let protected = !crate::sys::protections().is_empty();
         for seed in 0..40 {
             let profile = Profile { exotic, users: exotic && !protected && seed % 2 == 1, ..Profile::default() };
             let run = |steps: &[Step]| {

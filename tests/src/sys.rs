@@ -515,3 +515,11 @@ pub fn is_installed(program: &str) -> bool {
     }
     places.iter().any(|place| place.join(program).exists())
 }
+
+/// What the machine forbids beside what file permissions do, of which the oracle has not heard: settings that are not 0.
+#[must_use]
+pub fn protections() -> Vec<String> {
+    let paths = ["symlinks", "regular", "fifos"].map(|what| format!("/proc/sys/fs/protected_{what}"));
+    let is_set = |path: &String| !std::fs::read_to_string(path).is_ok_and(|value| value.trim() == "0");
+    paths.into_iter().filter(is_set).collect()
+}
