@@ -1,7 +1,7 @@
 //! Random sequences of operations from a seed, and their reduction to short ones that still fail.
 
 use crate::op::{Acl, Fallocate, FileKind, Op, OpenHow, RenameFlag, Special, Step, User, XattrHow};
-use crate::reference::Oracle;
+use crate::reference::{FILE_SIZE_MAX, Oracle};
 use cluster::sim::Rng;
 
 /// What to generate.
@@ -17,6 +17,8 @@ pub struct Profile {
     pub data_percent: u64,
     /// Whether sparse files of terabytes occur.
     pub huge: bool,
+    /// Whether some of those are as large as a file may be. (Local file systems hold less.)
+    pub limit: bool,
     /// Whether `fallocate`, FIFOs, extended attributes, names that change places and whiteouts occur.
     pub exotic: bool,
     /// Whether `O_DIRECT` occurs, with any offset and length.
@@ -28,8 +30,8 @@ pub struct Profile {
 impl Default for Profile {
     fn default() -> Self {
         let (data_percent, huge, exotic) = (50, true, true);
-        let (direct, users) = (false, false);
-        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent, huge, exotic, direct, users }
+        let (limit, direct, users) = (false, false, false);
+        Profile { nodes: 1, write_max: 20_000, offset_max: 200_000, data_percent, huge, limit, exotic, direct, users }
     }
 }
 
@@ -147,6 +149,12 @@ impl Generator {
         }
     }
 
+    /// What a file is made as long as.
+    fn size(&mut self) -> u64 {
+        let size = self.offset();
+        if self.profile.limit && size >= 4 << 40 { FILE_SIZE_MAX } else { size }
+    }
+
     fn len(&mut self) -> u32 {
         let max = u64::from(self.profile.write_max);
         match self.rng.below(8) {
@@ -208,7 +216,7 @@ impl Generator {
             20..27 => Op::Close { slot },
             27..52 => Op::Write { slot, offset: self.offset(), len: self.len(), fill: self.rng.next_u64() as u32 },
             52..76 => Op::Read { slot, offset: self.offset(), len: self.len() * 2 },
-            76..82 => Op::Truncate { slot, size: self.offset() },
+            76..82 => Op::Truncate { slot, size: self.size() },
             82 => Op::Seek { slot, offset: self.offset(), data: self.rng.percent(50) },
             83 => {
                 let (to, from_offset, to_offset) = (self.slot(), self.offset(), self.offset());
@@ -266,7 +274,7 @@ impl Generator {
             78..81 => Op::Readlink { path: self.existing(|k| k == FileKind::Symlink).unwrap_or_else(|| "a".into()) },
             81..84 => Op::FsyncDir { path: self.dir() },
             84 => {
-                let size = self.offset();
+                let size = self.size();
                 Op::TruncatePath { path: self.path(true), size }
             }
             85 | 86 => {

@@ -23,7 +23,7 @@ use rights::{READ, SEARCH, WRITE};
 
 /// Longest name in bytes.
 pub const NAME_MAX: usize = 255;
-/// The largest file. (Generated offsets stay below 16 TiB: the local file systems that the oracle is compared with end there.)
+/// The largest file.
 pub const FILE_SIZE_MAX: u64 = i64::MAX as u64;
 const LINKS_FOLLOWED_MAX: u32 = 40;
 const ROOT: u64 = 1;

@@ -35,7 +35,7 @@ async fn fresh() -> NodeDriver<MemoryDisk> {
 fn the_file_system_agrees_with_the_oracle() {
     for seed in 0..40 {
         let run = |steps: &[Step]| block_on(async { compare(&mut fresh().await, 1, steps).await });
-        if let Err(why) = check_seed(seed, Profile::default(), 300, run) {
+        if let Err(why) = check_seed(seed, Profile { limit: true, ..Profile::default() }, 300, run) {
             panic!("{why}");
         }
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tests::cluster::clock;
 use tests::driver::mount::MountDriver;
-use tests::driver::{Stale, check_seed_with, compare};
+use tests::driver::{Driver, Stale, check_seed_with, compare};
 use tests::generate::Profile;
 use tests::op::Step;
 
@@ -77,10 +77,12 @@ fn main() -> ExitCode {
         let _ = std::fs::remove_dir_all(args.mounts[0].join(&name));
         result
     };
+    // Local file systems hold less.
+    let limit = !MountDriver::new(args.mounts.clone()).traits().coarse_times;
     let mut failed = Vec::new();
     for seed in args.seeds.0..args.seeds.1 {
         let data_percent = args.data.unwrap_or([50, 10, 80][(seed % 3) as usize]);
-        let profile = Profile { nodes, data_percent, direct: !args.indirect, users: args.users, ..Profile::default() };
+        let profile = Profile { nodes, data_percent, limit, direct: !args.indirect, users: args.users, ..Profile::default() };
         if let Err(what) = check_seed_with(seed, profile, args.ops, args.tries, run) {
             println!("{what}");
             failed.push(seed);

@@ -16,7 +16,7 @@ use std::time::Duration;
 /// The first difference, or what did not come about.
 pub async fn run(world: &mut World, seed: u64, steps: usize, faults: bool) -> Result<(), String> {
     let nodes = world.len();
-    let profile = Profile { nodes, ..Profile::default() };
+    let profile = Profile { nodes, limit: true, ..Profile::default() };
     let mut generator = Generator::new(seed, profile);
     let mut oracle = Oracle::new();
     let mut comparer = Comparer::default();
