@@ -9,6 +9,14 @@ use std::future::Future;
 pub mod mount;
 pub mod node;
 
+/// Runs what a driver does to its end, on this thread.
+///
+/// # Panics
+/// If there can be no runtime.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
+}
+
 /// Something that operations can be run on.
 pub trait Driver {
     /// Runs an operation on a node.
@@ -146,10 +154,6 @@ mod tests {
     use super::mount::MountDriver;
     use super::*;
     use crate::op::Acl;
-
-    fn block_on<T>(future: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
-    }
 
     #[test]
     fn the_comparison_finds_a_driver_that_returns_stale_bytes() {

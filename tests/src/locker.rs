@@ -17,6 +17,11 @@ const PROMPT: Duration = Duration::from_secs(30);
 /// What a worker answers.
 pub type Answer = Result<String, i32>;
 
+/// What it answers if it has done what it was told and there is nothing else to say.
+pub fn ok() -> Answer {
+    Ok("ok".into())
+}
+
 /// A process that locks files.
 pub struct Worker {
     child: Child,
@@ -120,7 +125,7 @@ impl Drop for Worker {
 }
 
 /// The worker's side: does what its input says, until that ends. Lines are
-/// `flock|fcntl|ofd FILE sh|ex|un [START LEN] [wait]`, `query FILE sh|ex START LEN`, `read FILE`, `write FILE TEXT`,
+/// `flock|fcntl|ofd FILE sh|ex|un [START LEN] [wait]`, `query FILE sh|ex START LEN`, `read FILE`, `write FILE TEXT`, `stat FILE`,
 /// `reopen FILE`, `count FILE TIMES KIND` (locks, adds one to the number in the file, unlocks, so many times), and what is done
 /// through a descriptor: `chmod FILE MODE`, `chown FILE ID`, `chgrp FILE ID`, `times FILE SECONDS`, `now FILE`,
 /// `setxattr FILE NAME HEX`, `truncate FILE LEN`, `allocate FILE LEN`, `punch FILE LEN`, `copy FILE FILE LEN`.
@@ -213,6 +218,10 @@ fn obey(words: &[&str], paths: &[std::path::PathBuf], open_files: &mut [File]) -
             let mut text = [0; 100];
             let n = file.read_at(&mut text, 0)?;
             Ok(format!("read {}", String::from_utf8_lossy(&text[..n])))
+        }
+        "stat" => {
+            file.metadata()?;
+            Ok("ok".into())
         }
         "write" => {
             file.write_all_at(word(2).as_bytes(), 0)?;

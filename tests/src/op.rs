@@ -283,12 +283,12 @@ impl Op {
     }
 }
 
-/// A POSIX access control list with at most one named user.
+/// A POSIX access control list with at most one named user: user 1000, if nothing else is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Acl {
     /// The owner's permissions.
     pub owner: u16,
-    /// Those of user 1000, and the mask.
+    /// The named user's, and the mask.
     pub named: Option<(u16, u16)>,
     /// The owning group's.
     pub group: u16,
@@ -306,8 +306,14 @@ impl Acl {
     /// As the kernel passes it.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_for(1000)
+    }
+
+    /// The same, of another named user.
+    #[must_use]
+    pub fn encode_for(&self, named: u32) -> Vec<u8> {
         let mut entries = vec![(1, self.owner, u32::MAX)];
-        entries.extend(self.named.map(|(perm, _)| (2, perm, 1000)));
+        entries.extend(self.named.map(|(perm, _)| (2, perm, named)));
         entries.push((4, self.group, u32::MAX));
         entries.extend(self.named.map(|(_, mask)| (16, mask, u32::MAX)));
         entries.push((32, self.other, u32::MAX));

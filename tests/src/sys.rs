@@ -129,11 +129,11 @@ pub fn as_user<T>(user: u32, what: impl FnOnce() -> T) -> T {
     what()
 }
 
-/// `renameat2(RENAME_EXCHANGE)`.
-pub fn exchange(a: &Path, b: &Path) -> io::Result<()> {
-    let (a, b, at) = (c_path(a)?, c_path(b)?, libc::AT_FDCWD);
+/// `renameat2`.
+pub fn rename(from: &Path, to: &Path, flags: libc::c_uint) -> io::Result<()> {
+    let (from, to, at) = (c_path(from)?, c_path(to)?, libc::AT_FDCWD);
     // SAFETY: both paths outlive the call.
-    check(unsafe { libc::renameat2(at, a.as_ptr(), at, b.as_ptr(), libc::RENAME_EXCHANGE) })
+    check(unsafe { libc::renameat2(at, from.as_ptr(), at, to.as_ptr(), flags) })
 }
 
 /// `lseek`.
@@ -320,6 +320,18 @@ impl Directory {
         unsafe { libc::rewinddir(self.0) }
     }
 
+    /// `telldir`: where the next entry is.
+    pub fn tell(&mut self) -> i64 {
+        // SAFETY: the DIR is open as long as `self` lives.
+        unsafe { libc::telldir(self.0) }
+    }
+
+    /// `seekdir`, to where [`Self::tell`] has been.
+    pub fn seek(&mut self, place: i64) {
+        // SAFETY: the DIR is open as long as `self` lives; a place that is none is the file system's affair.
+        unsafe { libc::seekdir(self.0, place) };
+    }
+
     /// The next name and its inode number; `None` at the end.
     pub fn next_entry(&mut self) -> io::Result<Option<(Vec<u8>, u64)>> {
         nix::errno::Errno::clear();
@@ -364,7 +376,7 @@ pub fn memory_file() -> io::Result<File> {
     }
 }
 
-/// A shared mapping of a file.
+/// A mapping of a file.
 pub struct Mapping {
     start: *mut libc::c_void,
     len: usize,
@@ -377,10 +389,18 @@ unsafe impl Send for Mapping {}
 impl Mapping {
     /// Maps `len` bytes from the beginning (at least one), which may reach beyond the file's end.
     pub fn new(file: &File, len: usize, write: bool) -> io::Result<Mapping> {
-        let rights = libc::PROT_READ | if write { libc::PROT_WRITE } else { 0 };
+        Mapping::with(file, len, libc::PROT_READ | if write { libc::PROT_WRITE } else { 0 }, libc::MAP_SHARED)
+    }
+
+    /// The same, but what is stored into it stays there (`MAP_PRIVATE`). The file need not be open for writing.
+    pub fn private(file: &File, len: usize) -> io::Result<Mapping> {
+        Mapping::with(file, len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE)
+    }
+
+    fn with(file: &File, len: usize, rights: libc::c_int, how: libc::c_int) -> io::Result<Mapping> {
         let scratch = memory_file()?;
         // SAFETY: a new mapping at a place of the kernel's choice; nothing else can be there.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len.max(1), rights, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len.max(1), rights, how, file.as_raw_fd(), 0) };
         if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Mapping { start, len: len.max(1), scratch }) }
     }
 

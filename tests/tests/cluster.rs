@@ -12,17 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tests::cluster::{Options, RealCluster, clock, sh, within};
-use tests::driver::mount::MountDriver;
-use tests::driver::{Stale, check_seed, compare};
-use tests::generate::Profile;
 use tests::op::{errno, hash, pattern};
 use tests::sys::Mapping;
 
 const LONG: Duration = Duration::from_secs(120);
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
-}
 
 /// A tree of thousands of files of all sizes and kinds, outside of the cluster: the C headers of this machine, and some
 /// that are longer than any of those, or empty.
@@ -128,44 +121,6 @@ fn a_database_is_written_on_every_node_in_turn() {
         let read = sh(&next, "sqlite3 base.db 'pragma integrity_check' 'select count(*) from t'");
         assert_eq!(read.trim(), format!("ok\n{}", (turn + 1) * 500));
     }
-}
-
-#[test]
-#[ignore = "needs root and /dev/fuse: run by ci"]
-fn mounts_behave_as_the_oracle_says() {
-    let cluster = RealCluster::up(&Options::default());
-    let mounts = cluster.mounts();
-    let count = AtomicU64::new(0);
-    let fresh = move |mounts: &[PathBuf]| -> Vec<PathBuf> {
-        let name = format!("o{}", count.fetch_add(1, Ordering::Relaxed));
-        fs::create_dir(mounts[0].join(&name)).expect("a directory");
-        mounts.iter().map(|m| m.join(&name)).collect()
-    };
-    let problems: Vec<String> = within(Duration::from_secs(400), "comparing with the oracle", {
-        let mounts = mounts.clone();
-        move || {
-            let mut problems = Vec::new();
-            for (seed, nodes) in [(1, 1), (2, 3), (3, 3), (4, 2), (5, 3)] {
-                let profile = Profile { nodes, ..Profile::default() };
-                let used = &mounts[..nodes];
-                let result =
-                    check_seed(seed, profile, 250, |steps| block_on(compare(&mut MountDriver::new(fresh(used)), nodes, steps)));
-                problems.extend(result.err());
-            }
-            // The comparison must be able to fail: a mount that returns stale bytes is found.
-            let profile = Profile { nodes: 2, data_percent: 80, ..Profile::default() };
-            let caught = (10..16).any(|seed| {
-                let steps = tests::generate::Generator::sequence(seed, profile, 200);
-                block_on(compare(&mut Stale::new(MountDriver::new(fresh(&mounts[..2])), 3), 2, &steps)).is_err()
-            });
-            if !caught {
-                problems.push("planted stale reads were not found".into());
-            }
-            problems
-        }
-    });
-    assert!(problems.is_empty(), "{}\n{}", problems.join("\n"), cluster.logs());
-    cluster.fsck(2);
 }
 
 #[test]

@@ -5,13 +5,9 @@ use sld::memory::MemoryDisk;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use tests::driver::node::NodeDriver;
-use tests::driver::{Stale, check_seed, compare};
+use tests::driver::{Stale, block_on, check_seed, compare};
 use tests::generate::{Generator, Profile};
 use tests::op::Step;
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
-}
 
 async fn fresh() -> NodeDriver<MemoryDisk> {
     let disk = MemoryDisk::new(&[16_384 * 2, 16_384]);

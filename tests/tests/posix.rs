@@ -10,7 +10,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, sy
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests::cluster::{Options, RealCluster, clock};
-use tests::locker::{Answer, Worker};
+use tests::locker::{Worker, ok};
+use tests::op::Acl;
 use tests::sys::{self, Mapping};
 
 const PAGE: usize = 4096;
@@ -261,11 +262,17 @@ fn stores_are_seen_elsewhere_after_msync_munmap_and_close() {
 fn stores_of_two_nodes_into_one_page_leave_one_of_the_two_pages() {
     let s = Shared::new(3);
     let mut maps = [0, 1].map(|at| Mapping::new(&s.files[at], 3 * PAGE, true).expect("it can be mapped"));
-    let mut kept = [0; 2];
     for round in 0..20u8 {
         let bytes = [b'A' + round, b'a' + round];
-        for (map, byte) in maps.iter_mut().zip(bytes) {
-            map.store(PAGE, &[byte; PAGE]).expect("a store");
+        s.files[0].write_all_at(&[b'-'; PAGE], PAGE as u64).expect("a write");
+        // Each into a half of its own. The other half is what the page has been: not what the other node stores there.
+        let pages = [[vec![bytes[0]; PAGE / 2], vec![b'-'; PAGE / 2]], [vec![b'-'; PAGE / 2], vec![bytes[1]; PAGE / 2]]];
+        for at in [0, 1] {
+            assert_eq!(s.files[at].metadata().expect("a look").len(), 3 * PAGE as u64);
+            assert!(maps[at].load(PAGE, PAGE).expect("a load") == [b'-'; PAGE], "round {round}: the page as it was");
+        }
+        for at in [0, 1] {
+            maps[at].store(PAGE + at * PAGE / 2, &[bytes[at]; PAGE / 2]).expect("a store");
         }
         let first = usize::from(round) % 2;
         for at in [first, 1 - first] {
@@ -274,12 +281,110 @@ fn stores_of_two_nodes_into_one_page_leave_one_of_the_two_pages() {
         let now: Vec<Vec<u8>> = s.paths.iter().map(|p| fs::read(p).expect("it can be read")).collect();
         assert!(now[0] == now[1], "round {round}: the nodes see different bytes");
         let page = &now[0][PAGE..2 * PAGE];
-        let winner = bytes.iter().position(|b| page.iter().all(|p| p == b));
-        kept[winner.unwrap_or_else(|| panic!("round {round}: the page is neither node's"))] += 1;
+        let winner = pages.iter().position(|whole| whole.concat() == page);
+        assert_eq!(
+            winner,
+            Some(1 - first),
+            "round {round}: whose page it is (none's: a mixture of both), and who was the second to sync"
+        );
         assert!(now[0].len() == 3 * PAGE && now[0][..PAGE].iter().chain(&now[0][2 * PAGE..]).all(|b| *b == b'.'));
     }
-    eprintln!("kept: {kept:?}");
     s.cluster.fsck(1);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn stores_into_a_private_mapping_stay_there() {
+    let s = Shared::new(3);
+    for (round, how) in [(1u8, "read-only"), (2, "for writing"), (3, "read-only")] {
+        let read_only = File::open(&s.paths[0]).expect("it opens");
+        let file = if how == "read-only" { &read_only } else { &s.files[0] };
+        s.files[1].write_all_at(&[round; 3 * PAGE], 0).expect("a write");
+        let mut map = Mapping::private(file, 3 * PAGE).expect("it can be mapped");
+        file.metadata().expect("a look");
+        assert!(map.load(0, 3 * PAGE).expect("a load") == [round; 3 * PAGE], "{how}: what another node wrote");
+        map.store(100, &[b'x'; PAGE]).expect("a store");
+        map.sync().expect("msync");
+        // Another one of the file knows nothing of it, nor does a read on any node.
+        let other = Mapping::new(&s.files[0], 3 * PAGE, false).expect("it can be mapped");
+        let unchanged = |what: &str, byte: u8| {
+            for path in &s.paths {
+                assert!(fs::read(path).expect("it can be read") == [byte; 3 * PAGE], "{how}: the file, {what}");
+            }
+            assert!(other.load(0, 3 * PAGE).expect("a load") == [byte; 3 * PAGE], "{how}: a shared mapping, {what}");
+        };
+        unchanged("after a store", round);
+        // Pages that were stored into are the mapping's own from then on; others are the file's.
+        s.files[1].write_all_at(&[round + 100; 3 * PAGE], 0).expect("a write");
+        file.metadata().expect("a look");
+        let right = [vec![round; 100], vec![b'x'; PAGE], vec![round; PAGE - 100], vec![round + 100; PAGE]].concat();
+        assert!(map.load(0, 3 * PAGE).expect("a load") == right, "{how}: after another node's write");
+        drop(map);
+        unchanged("when the mapping is gone", round + 100);
+    }
+    s.cluster.fsck(1);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_place_in_a_directory_stays_good_while_other_nodes_make_and_remove_names() {
+    const NAMES: usize = 3000;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let dirs = [1, 2].map(|node| cluster.mount(node).join("places"));
+    fs::create_dir(&dirs[0]).expect("a directory");
+    let make = |dir: &Path, name: &str| drop(File::create(dir.join(name)).expect("a file"));
+    (0..NAMES).for_each(|n| make(&dirs[0], &format!("name-{n}")));
+    // Who lists is on the node that changes, and on another.
+    for (at, changing) in [(1, 0), (0, 0)] {
+        let mut listing = sys::Directory::open(&dirs[at]).expect("it opens");
+        let mut rest = |from: Option<i64>| -> Vec<(i64, String)> {
+            match from {
+                None => listing.rewind(),
+                Some(place) => listing.seek(place),
+            }
+            let mut found = Vec::new();
+            loop {
+                let place = listing.tell();
+                let Some((name, _)) = listing.next_entry().expect("it can be listed") else { break found };
+                found.push((place, String::from_utf8(name).expect("UTF-8")));
+            }
+        };
+        let before = rest(None);
+        assert!(before.len() == NAMES + 2, "{} names", before.len());
+        for round in 0..4 {
+            // Every third name goes in one round, and is back in the next, between those that come only once.
+            for n in 0..NAMES / 3 {
+                let name = format!("name-{}", n * 3);
+                if round % 2 == 0 {
+                    fs::remove_file(dirs[changing].join(name)).expect("it can be removed");
+                } else {
+                    make(&dirs[changing], &name);
+                }
+                if n % 4 == 0 {
+                    make(&dirs[changing], &format!("new-{at}-{round}-{n}"));
+                }
+            }
+            let number = |name: &str| name.strip_prefix("name-").and_then(|n| n.parse::<usize>().ok());
+            let staying = |entries: &[(i64, String)]| -> BTreeSet<String> {
+                let names = entries.iter().map(|(_, name)| name);
+                names.filter(|name| !name.starts_with("new-") && number(name).is_none_or(|n| n % 3 != 0)).cloned().collect()
+            };
+            for k in [0, 1, 2, 3, 700, 1500, 1501, 2222, NAMES, NAMES + 1] {
+                let found = rest(Some(before[k].0));
+                let (stayed, right) = (staying(&found), staying(&before[k..]));
+                let lost: Vec<_> = stayed.symmetric_difference(&right).collect();
+                assert!(lost.is_empty(), "round {round}, from place {k}: missing, or from before that: {lost:?}");
+                let different: BTreeSet<&str> = found.iter().map(|(_, name)| &name[..]).collect();
+                assert_eq!(different.len(), found.len(), "round {round}, from place {k}: something is listed twice");
+            }
+        }
+        assert_eq!(fs::read_dir(&dirs[0]).expect("it can be listed").count(), NAMES + 4 * NAMES.div_ceil(12));
+        for round in 0..4 {
+            for n in (0..NAMES / 3).step_by(4) {
+                fs::remove_file(dirs[0].join(format!("new-{at}-{round}-{n}"))).expect("it can be removed");
+            }
+        }
+    }
 }
 
 #[test]
@@ -314,10 +419,6 @@ fn user(files: &[&Path]) -> Worker {
     Worker::start_as(Some(USER), Path::new(env!("CARGO_BIN_EXE_locks")), files)
 }
 
-fn ok() -> Answer {
-    Ok("ok".into())
-}
-
 fn give(path: &Path, uid: u32) {
     std::os::unix::fs::chown(path, Some(uid), Some(uid)).expect("it can be given away");
 }
@@ -332,9 +433,7 @@ fn mode(path: &Path) -> u32 {
 
 /// A list for `setxattr`: the owner and a user may do all, others nothing.
 fn list_for(user: u32) -> Vec<u8> {
-    let entry = |tag: u16, rights: u16, id: u32| [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat();
-    let entries = [entry(1, 7, !0), entry(2, 7, user), entry(4, 0, !0), entry(16, 7, !0), entry(32, 0, !0)];
-    [vec![2, 0, 0, 0], entries.concat()].concat()
+    Acl { owner: 7, named: Some((7, 7)), group: 0, other: 0 }.encode_for(user)
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -618,13 +717,6 @@ fn extended_attributes_are_as_on_a_local_file_system() {
     cluster.fsck(2);
 }
 
-fn rename_with(from: &Path, to: &Path, flags: libc::c_uint) -> io::Result<()> {
-    let (from, to) = (sys::c_path(from)?, sys::c_path(to)?);
-    // SAFETY: both paths are C strings that outlive the call.
-    let result = unsafe { libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), flags) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]
 fn renames_that_contradict_themselves_are_refused() {
@@ -634,11 +726,11 @@ fn renames_that_contradict_themselves_are_refused() {
     fs::write(&b, "b").expect("a file");
     let (exchange, others) = (libc::RENAME_EXCHANGE, [libc::RENAME_NOREPLACE, libc::RENAME_WHITEOUT]);
     for flags in others.map(|other| exchange | other).into_iter().chain([1 << 10]) {
-        let error = rename_with(&a, &b, flags).expect_err("it contradicts itself");
+        let error = sys::rename(&a, &b, flags).expect_err("it contradicts itself");
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{flags:x}");
     }
     assert_eq!((fs::read(&a).expect("a"), fs::read(&b).expect("b")), (b"a".to_vec(), b"b".to_vec()));
-    rename_with(&a, &b, exchange).expect("they change places");
+    sys::rename(&a, &b, exchange).expect("they change places");
     assert_eq!((fs::read(&a).expect("a"), fs::read(&b).expect("b")), (b"b".to_vec(), b"a".to_vec()));
 }
 

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tests::cluster::clock;
-use tests::locker::{Worker, work};
+use tests::locker::{Worker, ok, work};
 
 /// File locks of several nodes.
 #[derive(Parser)]
@@ -60,10 +60,6 @@ type Checked = Result<(), String>;
 
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, right: T) -> Checked {
     if got == right { Ok(()) } else { Err(format!("{what}: {got:?}; right is {right:?}")) }
-}
-
-fn ok() -> Result<String, i32> {
-    Ok("ok".into())
 }
 
 impl Bench {

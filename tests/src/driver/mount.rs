@@ -87,11 +87,7 @@ impl MountDriver {
                     RenameFlag::WhiteoutNoReplace => libc::RENAME_WHITEOUT | libc::RENAME_NOREPLACE,
                 };
                 let (from, to) = (at(from), at(to));
-                let rename = || {
-                    let (from, to) = (c_path(&from)?, c_path(&to)?);
-                    // SAFETY: both paths are C strings that outlive the call.
-                    check(unsafe { libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), flags) })
-                };
+                let rename = || crate::sys::rename(&from, &to, flags).map(|()| Reply::Done);
                 let result = match rename() {
                     Err(error) if error.raw_os_error() == Some(libc::ESTALE) && from.parent() != to.parent() => {
                         // The kernel knows a directory by the place from which another node has moved it, and cannot learn its
