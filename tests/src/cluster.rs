@@ -330,7 +330,8 @@ impl RealCluster {
     }
 
     /// Process numbers that daemons left in the directory, if they are still those daemons.
-    fn daemons(&self) -> Vec<i32> {
+    #[must_use]
+    pub fn daemons(&self) -> Vec<i32> {
         fn pid_files(dir: &Path, found: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
                 if entry.file_type().is_ok_and(|t| t.is_dir()) {

@@ -100,6 +100,21 @@ pub struct Decided {
     pub stale: usize,
 }
 
+/// Whether the histories of so many objects prove something. One that was not decided counts as one with an order, so most must be;
+/// and where no call is beside another there is but one order.
+///
+/// # Errors
+/// What is lacking.
+pub fn enough(objects: u64, undecided: u64, overlapping: u64) -> Result<(), String> {
+    if undecided * 4 > objects {
+        return Err(format!("{undecided} of {objects} histories were too much to decide"));
+    }
+    if overlapping == 0 {
+        return Err("no call was beside another".into());
+    }
+    Ok(())
+}
+
 /// Decides what a client does next.
 pub struct Client {
     /// Which one.

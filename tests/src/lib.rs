@@ -12,3 +12,11 @@ pub mod op;
 pub mod reference;
 pub mod sim;
 pub mod sys;
+
+/// How a program that compares (`coherence`, `fsx2`, `linear`, `oracle`) ends if it has found a difference. It ends so for nothing
+/// else: what it cannot do ends with 1, a wrong argument with 2, a panic with 101. So a test knows that a planted bug was found.
+pub const FOUND: u8 = 3;
+
+/// The same for the programs' `--help`.
+pub const ENDS: &str = "Ends with 0 if all was as it should be, with 3 if a difference was found, and with another number if it could \
+                        not compare (to the end).";

@@ -54,7 +54,7 @@ impl Run {
         let begun = clock();
         let result = body(self).map_err(|e| format!("{what}: {e}"))?;
         let took = clock().saturating_sub(begun).as_secs_f64();
-        let memory: Vec<u64> = self.args.daemon.iter().map(|pid| memory_of(*pid)).collect();
+        let memory = self.args.daemon.iter().map(|pid| memory_of(*pid)).collect::<Result<Vec<u64>, String>>()?;
         self.most = self.most.max(memory.iter().copied().max().unwrap_or(0));
         println!("{what}: {times} in {took:.1} s, {:.0}/s; daemons use {memory:?} MiB", times as f64 / took);
         if self.most > self.args.memory_max {
@@ -64,11 +64,12 @@ impl Run {
     }
 }
 
-/// Resident memory of a process, in MiB.
-fn memory_of(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+/// Resident memory of a process, in MiB. Of one that is gone nothing is known.
+fn memory_of(pid: u32) -> Result<u64, String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| format!("process {pid}: {e}"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+    let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.ok_or_else(|| format!("process {pid} uses no memory"))? / 1024)
 }
 
 fn make(dir: &Path, name: &str) -> Result<(), String> {

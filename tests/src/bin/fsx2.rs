@@ -14,11 +14,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use tests::FOUND;
 use tests::op::pattern;
 use tests::sys::{self, Mapping};
 
 /// Compares one file, changed through several mounts, with a model.
 #[derive(Parser)]
+#[command(after_help = tests::ENDS)]
 struct Args {
     /// Directories in which the same tree is to be seen.
     #[arg(required = true)]
@@ -45,6 +47,30 @@ struct Chance(Rng);
 impl Chance {
     fn below(&mut self, end: usize) -> usize {
         self.0.below(end.max(1) as u64) as usize
+    }
+}
+
+/// Why it ended before its time.
+enum Wrong {
+    /// Something is not as the model says.
+    Difference(String),
+    /// A call failed.
+    Failed(String),
+}
+
+impl From<io::Error> for Wrong {
+    fn from(error: io::Error) -> Wrong {
+        Wrong::Failed(error.to_string())
+    }
+}
+
+impl Wrong {
+    /// The same, with what came before.
+    fn after(self, what: &str) -> Wrong {
+        match self {
+            Wrong::Difference(why) => Wrong::Difference(format!("{what}\n{why}")),
+            Wrong::Failed(why) => Wrong::Failed(format!("{what}\n{why}")),
+        }
     }
 }
 
@@ -135,15 +161,18 @@ fn choose(chance: &mut Chance, model: &[u8], max: usize) -> Op {
     }
 }
 
-fn expect(what: &str, got: &[u8], right: &[u8]) -> Result<(), String> {
+fn expect(what: &str, got: &[u8], right: &[u8]) -> Result<(), Wrong> {
     if got.len() != right.len() {
-        return Err(format!("{what} returned {} bytes; right are {}", got.len(), right.len()));
+        return Err(Wrong::Difference(format!("{what} returned {} bytes; right are {}", got.len(), right.len())));
     }
     match got.iter().zip(right).position(|(a, b)| a != b) {
         None => Ok(()),
         Some(at) => {
             let wrong = got.iter().zip(right).filter(|(a, b)| a != b).count();
-            Err(format!("{what}: {wrong} wrong bytes, the first at +{at}: {:#04x} instead of {:#04x}", got[at], right[at]))
+            let (byte, instead) = (got[at], right[at]);
+            Err(Wrong::Difference(format!(
+                "{what}: {wrong} wrong bytes, the first at +{at}: {byte:#04x} instead of {instead:#04x}"
+            )))
         }
     }
 }
@@ -167,8 +196,7 @@ fn grow(model: &mut Vec<u8>, end: usize) {
     }
 }
 
-fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> Result<(), String> {
-    let error = |e: io::Error| e.to_string();
+fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> Result<(), Wrong> {
     match op {
         Op::Read(how, at, len) => {
             let right = &model[at.min(model.len())..(at + len).min(model.len())];
@@ -183,7 +211,7 @@ fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> R
                     .and_then(|m| m.load(at, right.len())),
                 How::MappedBefore => node.cached.metadata().and_then(|_| node.mapping.load(at, right.len())),
             };
-            expect("it", &got.map_err(error)?, right)
+            expect("it", &got?, right)
         }
         Op::Write(how, at, len) => {
             let bytes = pattern(fill, 0, len);
@@ -196,25 +224,24 @@ fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> R
                     mapping.sync()
                 })(),
                 _ => node.plain.write_all_at(&bytes, at as u64),
-            }
-            .map_err(error)?;
+            }?;
             grow(model, at + len);
             model[at..at + len].copy_from_slice(&bytes);
             Ok(())
         }
         Op::Append(len) => {
             let bytes = pattern(fill, 0, len);
-            node.append.write_all(&bytes).map_err(error)?;
+            node.append.write_all(&bytes)?;
             model.extend_from_slice(&bytes);
             Ok(())
         }
         Op::Truncate(size) => {
-            node.plain.set_len(size as u64).map_err(error)?;
+            node.plain.set_len(size as u64)?;
             model.resize(size, 0);
             Ok(())
         }
         Op::TruncateByOpening => {
-            OpenOptions::new().write(true).truncate(true).open(&node.path).map_err(error)?;
+            OpenOptions::new().write(true).truncate(true).open(&node.path)?;
             model.clear();
             Ok(())
         }
@@ -224,7 +251,7 @@ fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> R
                 Op::Zero(..) => libc::FALLOC_FL_ZERO_RANGE,
                 _ => 0,
             };
-            sys::fallocate(&node.plain, mode, at as u64, len as u64).map_err(error)?;
+            sys::fallocate(&node.plain, mode, at as u64, len as u64)?;
             if !matches!(op, Op::Punch(..)) {
                 grow(model, at + len);
             }
@@ -239,12 +266,12 @@ fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> R
             // Overlapping ones are refused by the kernel.
             let len = if from <= to { len.min(to - from) } else { len.min(from - to) };
             // The kernel copies no more than it believes to be there, without asking.
-            node.plain.metadata().map_err(error)?;
+            node.plain.metadata()?;
             let mut done = 0;
             while done < len {
                 let n = sys::copy_range(&node.plain, (from + done) as u64, &node.plain, (to + done) as u64, len - done);
-                match n.map_err(error)? {
-                    0 => return Err(format!("it ended after {done} of {len} bytes")),
+                match n? {
+                    0 => return Err(Wrong::Difference(format!("it ended after {done} of {len} bytes"))),
                     n => done += n,
                 }
             }
@@ -255,22 +282,26 @@ fn run(node: &mut Node, op: Op, fill: u32, model: &mut Vec<u8>, max: usize) -> R
             Ok(())
         }
         Op::Size => {
-            let size = node.cached.metadata().map_err(error)?.len();
-            if size == model.len() as u64 { Ok(()) } else { Err(format!("the size is {size}; right is {}", model.len())) }
+            let size = node.cached.metadata()?.len();
+            if size == model.len() as u64 {
+                return Ok(());
+            }
+            Err(Wrong::Difference(format!("the size is {size}; right is {}", model.len())))
         }
-        Op::Sync => node.plain.sync_all().map_err(error),
+        Op::Sync => Ok(node.plain.sync_all()?),
         Op::Reopen => {
             let (dir, name) = (node.path.parent().unwrap_or(Path::new("/")), node.path.file_name().unwrap_or_default());
-            *node = Node::open(dir, &name.to_string_lossy(), max).map_err(error)?;
+            *node = Node::open(dir, &name.to_string_lossy(), max)?;
             Ok(())
         }
     }
 }
 
-fn whole(args: &Args, chance: &mut Chance) -> Result<(), String> {
+fn whole(args: &Args, chance: &mut Chance) -> Result<(), Wrong> {
     let name = format!("fsx2-{}", std::process::id());
-    File::create(args.dirs[0].join(&name)).map_err(|e| format!("cannot make a file in {}: {e}", args.dirs[0].display()))?;
-    let open = |dir: &PathBuf| Node::open(dir, &name, args.size).map_err(|e| format!("cannot open it in {}: {e}", dir.display()));
+    let failed = |what: &str, dir: &Path, e| Wrong::Failed(format!("cannot {what} in {}: {e}", dir.display()));
+    File::create(args.dirs[0].join(&name)).map_err(|e| failed("make a file", &args.dirs[0], e))?;
+    let open = |dir: &PathBuf| Node::open(dir, &name, args.size).map_err(|e| failed("open it", dir, e));
     let mut nodes: Vec<Node> = args.dirs.iter().map(open).collect::<Result<_, _>>()?;
     let mut model = Vec::new();
     let mut last = VecDeque::new();
@@ -284,14 +315,14 @@ fn whole(args: &Args, chance: &mut Chance) -> Result<(), String> {
         let before = (args.forget && number % 100 == 99).then(|| model.clone());
         run(&mut nodes[at], op, number as u32, &mut model, args.size).map_err(|why| {
             let shown: Vec<String> = last.iter().cloned().collect();
-            format!("{}\n{why}", shown.join("\n"))
+            why.after(&shown.join("\n"))
         })?;
         if let Some(before) = before {
             model = before;
         }
     }
     for node in &nodes {
-        let bytes = std::fs::read(&node.path).map_err(|e| e.to_string())?;
+        let bytes = std::fs::read(&node.path)?;
         expect("reading all of it at the end", &bytes, &model)?;
     }
     let _ = std::fs::remove_file(args.dirs[0].join(&name));
@@ -306,9 +337,13 @@ fn main() -> ExitCode {
             println!("{} operations through {} mounts, seed {}: no difference", args.ops, args.dirs.len(), args.seed);
             ExitCode::SUCCESS
         }
-        Err(why) => {
+        Err(wrong) => {
+            let (why, end) = match wrong {
+                Wrong::Difference(why) => (why, ExitCode::from(FOUND)),
+                Wrong::Failed(why) => (why, ExitCode::FAILURE),
+            };
             eprintln!("fsx2: seed {}:\n{why}", args.seed);
-            ExitCode::FAILURE
+            end
         }
     }
 }

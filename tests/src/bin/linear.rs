@@ -7,14 +7,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
+use tests::FOUND;
 use tests::cluster::clock;
 use tests::driver::mount::MountDriver;
-use tests::driver::{Driver, Stale};
-use tests::history::{Client, History, Object};
+use tests::driver::{Driver, Stale, block_on};
+use tests::history::{Client, Decided, History, Object, enough};
 use tests::op::{Op, Outcome};
 
 /// Looks for an order of what concurrent clients were told.
 #[derive(Parser)]
+#[command(after_help = tests::ENDS)]
 struct Args {
     /// Mounts of one file system (or any directory that is the same on all).
     #[arg(required = true)]
@@ -51,12 +53,8 @@ impl Driver for Mount {
     }
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
-}
-
-/// One object; an error says what has no order.
-fn object(args: &Args, rng: &mut Rng, object: Object, dir: &str) -> Result<tests::history::Decided, String> {
+/// One object; an error says why it could not be used, and one within what has no order.
+fn object(args: &Args, rng: &mut Rng, object: Object, dir: &str) -> Result<Result<Decided, String>, String> {
     std::fs::create_dir(args.mounts[0].join(dir)).map_err(|e| format!("{dir}: {e}"))?;
     let history = Arc::new(History::new(object, dir));
     let driver = |node: usize| {
@@ -90,7 +88,7 @@ fn object(args: &Args, rng: &mut Rng, object: Object, dir: &str) -> Result<tests
         block_on(history.open(&mut driver)).map_err(|e| format!("opening at the end: errno {e}"))?;
         block_on(history.look(&mut client, &mut driver));
     }
-    history.decide()
+    Ok(history.decide())
 }
 
 fn main() -> ExitCode {
@@ -103,16 +101,20 @@ fn main() -> ExitCode {
         let dir = format!("linear-{}-{objects}", std::process::id());
         objects += 1;
         match object(&args, &mut rng, kind, &dir) {
-            Ok(decided) => {
+            Ok(Ok(decided)) => {
                 calls += decided.calls;
                 overlapping += decided.overlapping;
                 configurations += decided.configurations;
                 stale += decided.stale;
-                undecided += usize::from(decided.undecided);
+                undecided += u64::from(decided.undecided);
             }
-            Err(what) => {
+            Ok(Err(what)) => {
                 println!("{what}");
                 wrong += 1;
+            }
+            Err(why) => {
+                eprintln!("linear: {why}");
+                return ExitCode::FAILURE;
             }
         }
         let _ = std::fs::remove_dir_all(args.mounts[0].join(&dir));
@@ -121,5 +123,15 @@ fn main() -> ExitCode {
         "{objects} objects, {calls} calls ({overlapping} beside others, {stale} ESTALE), {configurations} configurations, \
          {undecided} undecided, {wrong} without an order"
     );
-    if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if wrong > 0 {
+        return ExitCode::from(FOUND);
+    }
+    let together = args.mounts.len() * args.clients > 1;
+    match enough(objects as u64, undecided, if together { overlapping as u64 } else { 1 }) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("linear: {why}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -74,7 +74,7 @@ fn guarded(plan: &Plan) -> Result<Report, String> {
         while receiver.recv_timeout(Duration::from_secs(1)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             if used() > until {
                 println!("seed {seed} FAILED: it spins: no end after {TIME_MAX:?} of the processor's time");
-                std::process::exit(3);
+                std::process::exit(1);
             }
         }
     });
@@ -133,6 +133,14 @@ fn soak(args: &Args, from: u64, to: u64) -> bool {
     );
     let shown: Vec<String> = coverage.iter().map(|(what, count)| format!("{what} {count}")).collect();
     println!("covered: {}", shown.join(", "));
+    let count = |what| coverage.get(what).copied().unwrap_or_default();
+    let (objects, undecided, overlapping) = (count("object"), count("undecided"), count("call beside another"));
+    if objects > 0
+        && let Err(why) = tests::history::enough(objects, undecided, overlapping)
+    {
+        println!("FAILED: {why}");
+        return false;
+    }
     failed.is_empty()
 }
 
