@@ -12,25 +12,23 @@
 //!
 //! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
 
-use super::handles::{self, Handles};
-use super::known::{Answer, Changing, How, Known, Moment};
+use super::front::{Front, is_list};
+use super::handles;
+use super::known::{Answer, Changing, How, Known};
 use super::mount::TRANSFER_MAX;
-use super::notify::Notify;
 use super::rights;
-use super::serve::Company;
 use super::signal;
-use super::translate::{self, Identity, errno};
-use crate::acl;
+use super::translate::{self, errno};
 use crate::ops::data::{Allocate, At, Payload, Seek, Terms};
 use crate::ops::meant;
 use crate::ops::xattr::SetMode;
-use crate::{Attributes, Caller, DirEntry, FileSystem, FsError, Ino, NewNode, SetAttributes};
+use crate::{Attributes, Caller, DirEntry, FsError, NewNode, SetAttributes};
 use fuser::{
     Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use sld::{Disk, Locks};
+use sld::Disk;
 use std::ffi::OsStr;
 use std::future::Future;
 use std::io;
@@ -40,8 +38,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
-use tokio::runtime::Handle;
-use tokio::sync::watch;
 
 /// Requests that the kernel may have under way on its own account (read-ahead, write-back of mappings, asynchronous I/O).
 const BACKGROUND_MAX: u16 = 128;
@@ -51,129 +47,8 @@ const COPY_MAX: u64 = 16 * 1024 * 1024;
 /// The handle of directories that are open for asking the kernel (`probe`): nothing is done with them.
 const PROBES: FileHandle = FileHandle(1);
 
-/// How long the kernel may believe what it is told now; must not outlive the node's lease.
-pub type Lifetime = Arc<dyn Fn() -> Duration + Send + Sync>;
-
-/// What a mount's requests share.
-pub(crate) struct Front<D: Disk> {
-    pub(crate) fs: Arc<FileSystem<D>>,
-    pub(crate) known: Arc<Known>,
-    pub(crate) notify: Notify,
-    pub(crate) lifetime: Lifetime,
-    pub(crate) company: Company,
-    pub(crate) identity: Identity,
-    /// Open files, and what became of their locks.
-    pub(crate) handles: Arc<Handles>,
-    /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
-    pub(crate) locks: Option<Arc<Locks>>,
-    /// Which node this is, for whose processes a lock's holder has a number.
-    pub(crate) node: cluster::NodeId,
-    pub(crate) runtime: Handle,
-    pub(crate) stop: watch::Receiver<bool>,
-}
-
 /// The file system as `fuser` sees it.
 pub(crate) struct Fuse<D: Disk>(pub(crate) Arc<Front<D>>);
-
-impl<D: Disk> Front<D> {
-    /// How long the kernel may believe attributes that it is told now.
-    fn lifetime(&self) -> Duration {
-        if self.company.has_others() { Duration::ZERO } else { (self.lifetime)() }
-    }
-
-    /// What a thread is told of an inode.
-    fn answer(thread: u32, attributes: &Attributes, looked_up: bool, how: How) -> Answer {
-        let version = translate::is_file(attributes).then_some(attributes.data_version);
-        Answer { thread, generation: attributes.generation, version, looked_up, how }
-    }
-
-    /// Answers a thread with a name that was looked up or made.
-    fn entry(
-        &self,
-        start: Moment,
-        parent: INodeNo,
-        result: Result<Attributes, FsError>,
-        thread: u32,
-        how: How,
-        reply: ReplyEntry,
-    ) {
-        match result {
-            Ok(attributes) => {
-                let node = self.identity.node(attributes.ino);
-                let names = self.known.tell_name(start, parent.0, self.lifetime());
-                let ttl = if how == How::Forced { Duration::ZERO } else { self.lifetime() };
-                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, true, how), ttl);
-                let generation = Generation(attributes.generation);
-                reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
-            }
-            Err(error) => reply.error(errno(&error)),
-        }
-    }
-
-    /// Answers SETATTR: the kernel takes the attributes in even if an invalidation has overtaken them, so they live for no time.
-    fn changed(&self, start: Moment, thread: u32, result: Result<Attributes, FsError>, reply: ReplyAttr) {
-        match result {
-            Ok(attributes) => {
-                let node = self.identity.node(attributes.ino);
-                self.known.tell(start, node, Self::answer(thread, &attributes, false, How::Forced), Duration::ZERO);
-                reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
-            }
-            Err(error) => reply.error(errno(&error)),
-        }
-    }
-
-    /// To be held while a thread changes a file's data, until just before it is answered.
-    fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
-        let (changing, believed) = self.known.change(ino, thread);
-        if believed {
-            let known = self.known.clone();
-            self.notify.forget_attributes(ino, move || known.contains(ino));
-        }
-        changing
-    }
-
-    /// To be held while a thread changes an attribute. If that is an access list it changes the mode with it, of which the answer
-    /// tells the kernel nothing: `listed` is to be called when it is done.
-    fn change_list(&self, name: &[u8], ino: INodeNo, thread: u32) -> Option<Changing<'_>> {
-        is_list(name).then(|| self.change(ino.0, thread)).flatten()
-    }
-
-    fn listed(&self, ino: INodeNo, changing: Option<Changing<'_>>) {
-        if changing.is_some() {
-            self.known.unsettle(ino.0);
-        }
-    }
-
-    fn open_flags(&self, thread: u32, attributes: &Attributes, direct: bool) -> FopenFlags {
-        let mut flags = FopenFlags::empty();
-        if self.known.keeps_pages(self.identity.node(attributes.ino), thread, attributes.data_version) {
-            flags |= FopenFlags::FOPEN_KEEP_CACHE;
-        }
-        if direct {
-            flags |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-        } else if self.locks.is_none() {
-            // Closing a handle that only reads has nothing to report, and no locks to release.
-            flags |= FopenFlags::FOPEN_NOFLUSH;
-        }
-        flags
-    }
-
-    /// EIO, once for each handle, if written-behind data of the file was lost.
-    fn report_loss(&self, ino: Ino, handle: FileHandle) -> Result<(), FsError> {
-        // What the disk still remembers was lost when nobody had it open.
-        let is_lost = handles::is_direct(handle) && (self.handles.report_loss(handle) | self.fs.disk().take_loss(ino.object()));
-        if is_lost { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
-    }
-
-    /// Makes a file durable. Reports what was lost before, too.
-    async fn sync(&self, ino: Ino, handle: FileHandle, data_only: bool) -> Result<(), FsError> {
-        let synced = self.fs.fsync(ino, data_only).await;
-        if matches!(synced, Ok(()) | Err(FsError::Disk(sld::DiskError::Lost))) && self.handles.report_loss(handle) {
-            return Err(FsError::Disk(sld::DiskError::Lost));
-        }
-        synced
-    }
-}
 
 impl<D: Disk> Fuse<D> {
     /// Runs an operation: here if it can end at once, else on the runtime. If its caller (`thread`) is killed while it waits,
@@ -211,11 +86,6 @@ fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
 }
 
-/// Whether an attribute is an access list.
-fn is_list(name: &[u8]) -> bool {
-    name == acl::ACCESS || name == acl::DEFAULT
-}
-
 fn empty(result: Result<(), FsError>, reply: ReplyEmpty) {
     match result {
         Ok(()) => reply.ok(),
@@ -230,6 +100,27 @@ fn sized(result: Result<Vec<u8>, FsError>, size: u32, reply: ReplyXattr) {
         Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
         Ok(bytes) => reply.data(&bytes),
         Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// A change of a file that the kernel knows has been made.
+fn reach(changing: &mut Option<Changing<'_>>, end: u64) {
+    if let Some(changing) = changing {
+        changing.reach(end);
+    }
+}
+
+/// Inodes that were looked up for an answer; unless it is sent they are not.
+struct LookedUp<'a> {
+    known: &'a Known,
+    nodes: Vec<u64>,
+}
+
+impl Drop for LookedUp<'_> {
+    fn drop(&mut self) {
+        for node in &self.nodes {
+            self.known.take_back(*node, 1);
+        }
     }
 }
 
@@ -258,9 +149,9 @@ macro_rules! operation {
 
 impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Not `FUSE_ATOMIC_O_TRUNC`: after the answer the kernel would set the size to 0 once more, at a time that nobody can tell.
         let required = InitFlags::FUSE_AUTO_INVAL_DATA
             | InitFlags::FUSE_MAX_PAGES
-            | InitFlags::FUSE_ATOMIC_O_TRUNC
             // A directory's default list takes the umask's place, so that the kernel must leave it to us.
             | InitFlags::FUSE_DONT_MASK
             | InitFlags::FUSE_POSIX_ACL;
@@ -334,17 +225,21 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             let is_ours = front.notify.recognise(caller.pid);
             let answer = Front::<D>::answer(caller.pid, &attributes, false, if is_ours { How::Ours } else { How::Ordinary });
-            let mut ttl = if is_ours { Duration::ZERO } else { front.lifetime() };
-            if let Some(version) = answer.version.filter(|_| !is_ours)
-                && let Some(doubt) = front.known.doubt(start, ino.0, caller.pid, version)
-            {
-                // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
-                let renewed = front.notify.renew(ino.0, version, doubt, handle.is_some()).await;
-                if renewed.is_err() && handle.is_some() {
-                    // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
-                    // is shown what a read() asked for, and nobody believes it.
-                    attributes.mtime = translate::another_time(attributes.mtime);
+            let mut ttl = front.lifetime();
+            if let Some(told) = Front::<D>::data(&attributes) {
+                // Another mount on this node can have changed the mode without any token's moving.
+                let anew = handle.is_none() && front.company.has_others();
+                if is_ours {
                     ttl = Duration::ZERO;
+                } else if anew || front.known.doubt(ino.0, caller.pid, told) {
+                    // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
+                    let renewed = front.notify.renew(ino.0, told, anew, handle.is_some()).await;
+                    if renewed.is_err() && handle.is_some() {
+                        // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
+                        // is shown what a read() asked for, and nobody believes it.
+                        attributes.mtime = translate::another_time(attributes.mtime);
+                        ttl = Duration::ZERO;
+                    }
                 }
             }
             let ttl = front.known.tell(start, ino.0, answer, ttl);
@@ -473,20 +368,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let direct = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        let truncate = flags.0 & nix::libc::O_TRUNC != 0;
         operation!(self, request, |front, start, caller| {
-            let node = front.identity.ino(ino);
-            let changing = truncate.then(|| front.change(ino.0, caller.pid));
-            let result = async {
-                if truncate {
-                    // The kernel leaves it to us what else a truncation does.
-                    let change = SetAttributes { size: Some(0), kill: caller.uid != 0, ..SetAttributes::default() };
-                    front.fs.set_attributes(&caller, node, change).await?;
-                }
-                front.fs.open(node, translate::open_flags(flags)).await
-            };
-            let result = result.await;
-            drop(changing);
+            let result = front.fs.open(front.identity.ino(ino), translate::open_flags(flags)).await;
             match result {
                 Ok(attributes) => {
                     reply.opened(front.handles.open(ino.0, direct, flags.0), front.open_flags(caller.pid, &attributes, direct));
@@ -579,18 +462,21 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let synchronous = matches!(at, At::Offset(_) | At::End) && flags.0 & nix::libc::O_DSYNC != 0;
         let data_only = flags.0 & nix::libc::O_SYNC != nix::libc::O_SYNC;
         let length = data.len() as u32;
+        let end = if let At::Within(_) = at { 0 } else { offset.saturating_add(length.into()) };
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let changing = front.change(ino.0, caller.pid);
+            let mut changing = front.change(ino.0, caller.pid);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
+                reach(&mut changing, end);
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             let result = result.await;
-            // Before its caller can go on and ask: that it did change something is remembered for a while.
-            drop(changing);
+            if let Some(changing) = changing {
+                changing.finish().await;
+            }
             match result {
                 Ok(()) => reply.written(length),
                 Err(error) => reply.error(errno(&error)),
@@ -639,7 +525,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -647,6 +533,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         _pid: u32,
         reply: ReplyLock,
     ) {
+        if self.0.handles.has_lost_locks(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         let (first, last) = (start, end);
         operation!(self, request, |front, start, caller| { front.get_lock(ino, owner, first, last, typ, reply).await });
     }
@@ -722,6 +611,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let _asking = front.known.ask();
             let identity = &front.identity;
             let names = front.known.tell_name(start, ino.0, front.lifetime());
+            let mut looked_up = LookedUp { known: &front.known, nodes: Vec::new() };
             let result = front
                 .fs
                 .read_directory(
@@ -736,8 +626,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         let node = attributes.ino.0;
                         let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
                         let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);
-                        let answer = Answer { thread: caller.pid, generation, version, looked_up: counts, how: How::Ordinary };
-                        let ttl = front.known.tell(start, node, answer, lifetime);
+                        let answer = Answer { thread: caller.pid, generation, version, looked_up: true, how: How::Ordinary };
+                        // Of the others the kernel takes only the names.
+                        let ttl = if counts { front.known.tell(start, node, answer, lifetime) } else { Duration::ZERO };
                         let name = OsStr::from_bytes(&entry.name);
                         let full = reply.add(
                             INodeNo(node),
@@ -747,8 +638,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                             &attributes,
                             Generation(generation),
                         );
-                        if full && counts {
-                            front.known.forget(node, 1);
+                        if counts && full {
+                            front.known.take_back(node, 1);
+                        } else if counts {
+                            looked_up.nodes.push(node);
                         }
                         !full
                     },
@@ -756,7 +649,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 )
                 .await;
             match result {
-                Ok(()) => reply.ok(),
+                Ok(()) => {
+                    looked_up.nodes.clear();
+                    reply.ok();
+                }
                 Err(error) => reply.error(errno(&error)),
             }
         });
@@ -821,10 +717,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             sized(value, size, reply);
             if is_list && front.company.has_others() {
-                // Another mount may change it without any token moving. An invalidation makes the kernel drop also a list that
+                // Another mount may change it without any token's moving. An invalidation makes the kernel drop also a list that
                 // is on its way to it.
                 let known = front.known.clone();
-                known.shake(ino.0);
                 front.notify.forget_attributes(ino.0, move || known.contains(ino.0));
             }
         });
@@ -856,13 +751,16 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         &self,
         request: &Request,
         ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         _flags: fuser::IoctlFlags,
         command: u32,
         _data: &[u8],
         _size: u32,
         reply: ReplyIoctl,
     ) {
+        if self.0.handles.has_lost_locks(ino.0, handle) {
+            return reply.error(Errno::EIO);
+        }
         if !translate::asks_for_generation(command) {
             return reply.error(Errno::ENOTTY);
         }
@@ -893,13 +791,16 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
-            let changing = front.change(ino.0, caller.pid);
+            let mut changing = front.change(ino.0, caller.pid);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
+                reach(&mut changing, if keep_size { 0 } else { offset.saturating_add(length) });
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
             };
             let result = result.await;
-            drop(changing);
+            if let Some(changing) = changing {
+                changing.finish().await;
+            }
             empty(result, reply);
         });
     }
@@ -942,17 +843,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            let changing = front.change(to.0, caller.pid);
+            let mut changing = front.change(to.0, caller.pid);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;
+                reach(&mut changing, to_offset.saturating_add(copied));
                 if handles::is_synchronous(to_handle) {
                     front.sync(target.0, to_handle, false).await?;
                 }
                 Ok::<u64, FsError>(copied)
             };
             let result = result.await;
-            drop(changing);
+            if let Some(changing) = changing {
+                changing.finish().await;
+            }
             match result {
                 Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),

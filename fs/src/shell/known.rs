@@ -30,11 +30,13 @@
 //! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), which of them may be on their way (`unheard`).
 
 use super::names::{self, Names};
+pub(crate) use super::unheard::Data;
 use super::unheard::{Kind, Unheard};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 /// Locks, so that threads seldom meet.
@@ -44,7 +46,7 @@ const ASKS_AGAIN: Duration = Duration::from_secs(2);
 /// Until requests that are under way may have been answered.
 const BUSY: Duration = Duration::from_millis(3);
 
-/// Numbers revocations and purges: taken when an operation begins, compared when it answers.
+/// Numbers revocations: taken when an operation begins, compared when it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Moment(u64);
 
@@ -61,20 +63,10 @@ pub(crate) struct Answer {
     pub(crate) how: How,
 }
 
-/// What may become of the answer to a GETATTR.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Doubt {
-    /// An invalidation has overtaken it.
-    WillBeLost,
-    /// A `read()` may go on without it, or with pages of other data; so may what comes after any question and does not ask itself
-    /// (loads through a mapping, `sendfile`), and a check of the mode.
-    MayBeLost,
-}
-
 /// What is to be done now that the kernel was seen to have what our thread was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
-    /// Nothing: its pages are of this version, too.
+    /// Nothing: it has no pages, or of this version.
     Done,
     /// Purge its pages; from now on until `purged`.
     Purge,
@@ -105,8 +97,6 @@ const STAMP_MS: u128 = 10;
 struct Inode {
     generation: u64,
     revoked: u64,
-    /// The kernel was last sent an invalidation then, or a little later: it loses the answers to what it asked before.
-    shaken: u64,
     /// See `pages()`.
     pages: u64,
     /// See `taken_in()`.
@@ -131,6 +121,8 @@ struct Rest {
     /// Of directories in which names were told.
     names: Option<Box<Names>>,
     unheard: Unheard,
+    /// How often the kernel is just being asked.
+    asked: u8,
 }
 
 /// A change of a file's data that is under way.
@@ -139,13 +131,36 @@ pub(crate) struct Changing<'a> {
     known: &'a Known,
     ino: u64,
     thread: u32,
+    end: u64,
+}
+
+impl Changing<'_> {
+    /// It has been made, up to this end of the file's. From now on its answer may undo what another node does to the size.
+    pub(crate) fn reach(&mut self, end: u64) {
+        self.end = end;
+        if let Some(rest) = self.known.shard(self.ino).lock().get_mut(&self.ino).and_then(|inode| inode.rest.as_mut()) {
+            rest.unheard.reach(self.thread, end);
+        }
+    }
+
+    /// It is done, but for the answer. Waits while the kernel is being asked about the file: each end of a change makes it lose what
+    /// it is told. Who asks needs no lock that a change holds in the kernel, nor a token that this one still has.
+    pub(crate) async fn finish(self) {
+        loop {
+            let answered = self.known.answered.notified();
+            if !self.known.is_asked(self.ino) {
+                return;
+            }
+            answered.await;
+        }
+    }
 }
 
 impl Drop for Changing<'_> {
     fn drop(&mut self) {
         let mut shard = self.known.shard(self.ino).lock();
         if let Some(rest) = shard.get_mut(&self.ino).and_then(|inode| inode.rest.as_mut()) {
-            rest.unheard.end_change(self.thread);
+            rest.unheard.end_change(self.thread, self.end);
         }
     }
 }
@@ -194,10 +209,10 @@ impl Inode {
         self.purging > 0 || self.pages().is_some_and(|pages| pages != version)
     }
 
-    /// Why the kernel must be asked before it can be relied on to have this version of a file.
-    fn is_doubtful(&self, version: u64) -> bool {
-        let may_be_undone = self.unheard().is_some_and(|unheard| unheard.may_undo(version));
-        !self.settled || self.taken_in() < Some(version) || may_be_undone
+    /// Whether the kernel must be asked before it can be relied on to have these attributes of a file, or newer ones.
+    fn is_doubtful(&self, told: Data) -> bool {
+        let may_be_undone = self.unheard().is_some_and(|unheard| unheard.may_undo(told));
+        !self.settled || self.taken_in() < Some(told.version) || may_be_undone
     }
 
     /// A thread is here again.
@@ -207,7 +222,7 @@ impl Inode {
         }
         let Some(rest) = &mut self.rest else { return };
         self.settled |= rest.unheard.hear(thread);
-        if rest.unheard.is_empty() && rest.names.is_none() {
+        if rest.unheard.is_empty() && rest.names.is_none() && rest.asked == 0 {
             self.rest = None;
         }
     }
@@ -242,10 +257,8 @@ impl Inode {
             pages: self.has_pages,
             revocation: Revocation(number),
         };
+        self.attributes = false;
         self.unsettle(number);
-        if std::mem::take(&mut self.attributes) {
-            self.shaken = number;
-        }
         forgotten
     }
 }
@@ -278,6 +291,20 @@ pub(crate) enum Refresh {
     Now,
 }
 
+/// The kernel is being asked about an inode.
+#[derive(Debug)]
+pub(crate) struct Held<'a>(&'a Known, u64);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let Held(known, ino) = *self;
+        if let Some(rest) = known.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.rest.as_mut()) {
+            rest.asked = rest.asked.saturating_sub(1);
+        }
+        known.answered.notify_waiters();
+    }
+}
+
 /// A request whose answer carries attributes is under way.
 #[derive(Debug)]
 pub(crate) struct Asking<'a>(&'a AtomicUsize);
@@ -303,6 +330,8 @@ pub(crate) struct Known {
     since: Instant,
     moments: AtomicU64,
     asking: AtomicUsize,
+    /// The kernel has been asked.
+    answered: Notify,
 }
 
 impl Known {
@@ -312,6 +341,7 @@ impl Known {
             since: Instant::now(),
             moments: AtomicU64::new(1),
             asking: AtomicUsize::new(0),
+            answered: Notify::new(),
         }
     }
 
@@ -384,27 +414,39 @@ impl Known {
         lifetime
     }
 
-    /// Why a GETATTR that began at `start` must not be answered before the kernel was made to take this version in.
-    pub(crate) fn doubt(&self, start: Moment, ino: u64, thread: u32, version: u64) -> Option<Doubt> {
+    /// Whether a GETATTR must not be answered before the kernel was made to take this in. Else it already has it or something newer,
+    /// and it does not matter if it loses the answer.
+    pub(crate) fn doubt(&self, ino: u64, thread: u32, told: Data) -> bool {
         let mut shard = self.shard(ino).lock();
-        let inode = shard.get_mut(&ino)?;
+        let Some(inode) = shard.get_mut(&ino) else { return false };
         inode.hear(thread);
-        let will_be_lost = inode.purging > 0 || inode.shaken > start.0;
-        let may_be_lost = inode.is_doubtful(version) || inode.has_other_pages(version);
-        if will_be_lost { Some(Doubt::WillBeLost) } else { may_be_lost.then_some(Doubt::MayBeLost) }
+        inode.is_doubtful(told) || inode.has_other_pages(told.version)
     }
 
-    /// Whether the kernel has not yet been made to take this version in, or a newer one, and to have no older pages.
-    pub(crate) fn is_behind(&self, ino: u64, version: u64) -> bool {
+    /// Whether the kernel has not yet been made to take this in, or something newer, and to have no older pages. (It may have newer
+    /// ones than who was told an older version wants: that is right for who began before it was outdated.)
+    pub(crate) fn is_behind(&self, ino: u64, told: Data) -> bool {
         let shard = self.shard(ino).lock();
-        let has_older = |inode: &Inode| inode.purging > 0 || inode.pages().is_some_and(|pages| pages < version);
-        shard.get(&ino).is_some_and(|inode| inode.is_doubtful(version) || has_older(inode))
+        let has_older = |inode: &Inode| inode.purging > 0 || inode.pages().is_some_and(|pages| pages < told.version);
+        shard.get(&ino).is_some_and(|inode| inode.is_doubtful(told) || has_older(inode))
     }
 
-    /// The kernel was seen to have the size that our thread was told last, and if `whole` all of it. `bear`: that others may still
-    /// undo it must be borne with.
-    pub(crate) fn took_in(&self, ino: u64, thread: u32, whole: bool, bear: bool) -> Seen {
-        let number = self.next_moment();
+    /// The kernel is asked about an inode from now on until this is dropped: answers to who changes it are held back.
+    pub(crate) fn hold(&self, ino: u64) -> Held<'_> {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            let asked = &mut inode.rest().asked;
+            *asked = asked.saturating_add(1);
+        }
+        Held(self, ino)
+    }
+
+    fn is_asked(&self, ino: u64) -> bool {
+        self.shard(ino).lock().get(&ino).and_then(|inode| inode.rest.as_ref()).is_some_and(|rest| rest.asked > 0)
+    }
+
+    /// The kernel was seen to have this size, which our thread was told last, and if `whole` all that it was told. `bear`: that
+    /// others may still undo it must be borne with.
+    pub(crate) fn took_in(&self, ino: u64, thread: u32, size: u64, whole: bool, bear: bool) -> Seen {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return Seen::Done };
         let Some(unheard) = inode.unheard_mut() else { return Seen::Again };
@@ -412,20 +454,25 @@ impl Known {
         if bear {
             unheard.give_up();
         }
-        let may_be_undone = unheard.may_undo(version);
-        inode.hear(thread);
-        if may_be_undone {
+        let settles = whole && holds && !unheard.may_unsettle();
+        if unheard.may_undo(Data { version, size }) {
             return Seen::Again;
         }
-        inode.settled |= whole && holds;
-        // Pages that a write on this node has filled are not known of: they go whenever the version is another.
-        let is_new = inode.taken_in() != Some(version);
+        inode.hear(thread);
+        inode.settled |= settles;
         inode.set_taken_in(Some(version));
-        if !is_new && !inode.has_other_pages(version) {
+        if !inode.has_other_pages(version) {
             return Seen::Done;
         }
-        Self::begin_purge(inode, number);
+        Self::begin_purge(inode);
         Seen::Purge
+    }
+
+    /// Who is gone has taken in what it was told.
+    pub(crate) fn hear_gone(&self, ino: u64, is_gone: impl Fn(u32) -> bool) {
+        if let Some(unheard) = self.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.unheard_mut()) {
+            unheard.hear_gone(is_gone);
+        }
     }
 
     /// The kernel cannot be asked: from now on it is taken to have this version, and no pages of others.
@@ -440,11 +487,10 @@ impl Known {
         }
     }
 
-    /// The pages are about to be purged: those that are told of from now on may remain. Answers on their way will be lost.
-    fn begin_purge(inode: &mut Inode, number: u64) {
+    /// The pages are about to be purged: those that are told of from now on may remain.
+    fn begin_purge(inode: &mut Inode) {
         inode.set_pages(None);
         inode.purging = inode.purging.saturating_add(1);
-        inode.shaken = number;
     }
 
     /// The purge is over.
@@ -459,42 +505,32 @@ impl Known {
         self.shard(ino).lock().get(&ino).and_then(|inode| inode.unheard()).is_some_and(Unheard::is_changing)
     }
 
-    /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before
-    /// that, or the thread's next request would meet it. `None`: the kernel does not know the file. True: the attributes that it
-    /// believes must be invalidated first, since others may see the change before the thread takes in that it was made.
+    /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before that, or
+    /// the thread's next request would meet it. `None`: the kernel does not know the file. True: the attributes that it believes must
+    /// be invalidated first, since others may see the change before the thread takes in that it was made.
     pub(crate) fn change(&self, ino: u64, thread: u32) -> (Option<Changing<'_>>, bool) {
-        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return (None, false) };
         inode.hear(thread);
         inode.rest().unheard.begin_change();
         let believed = std::mem::take(&mut inode.attributes);
-        if believed {
-            inode.shaken = number;
-        }
-        (Some(Changing { known: self, ino, thread }), believed)
+        (Some(Changing { known: self, ino, thread, end: 0 }), believed)
     }
 
-    /// A thread of this node has changed attributes of which the kernel is told nothing by the answer.
-    pub(crate) fn unsettle(&self, ino: u64) {
+    /// A thread of this node has changed attributes of which the kernel is told nothing by the answer. Returns what it must be told
+    /// some time.
+    pub(crate) fn unsettle(&self, ino: u64) -> Forgotten {
         let number = self.next_moment();
-        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.unsettle(number);
-        }
+        let mut shard = self.shard(ino).lock();
+        let Some(inode) = shard.get_mut(&ino) else { return Forgotten::default() };
+        inode.unsettle(number);
+        Forgotten { pages: inode.has_pages, revocation: Revocation(number), ..Forgotten::default() }
     }
 
     /// A thread asks something else about an inode.
     pub(crate) fn hear(&self, ino: u64, thread: u32) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
             inode.hear(thread);
-        }
-    }
-
-    /// An invalidation of the attributes is about to be sent on account of nobody.
-    pub(crate) fn shake(&self, ino: u64) {
-        let number = self.next_moment();
-        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.shaken = number;
         }
     }
 
@@ -541,8 +577,18 @@ impl Known {
         !inode.has_other_pages(version)
     }
 
-    /// The kernel forgot some look-ups.
+    /// The kernel forgot an inode that it had looked up so often.
     pub(crate) fn forget(&self, ino: u64, lookups: u64) {
+        self.take_back(ino, lookups);
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            // There are answers on their way that look it up again, perhaps older ones than it had.
+            inode.set_taken_in(None);
+            inode.settled = false;
+        }
+    }
+
+    /// Some look-ups that were told of are not: their answer was not sent.
+    pub(crate) fn take_back(&self, ino: u64, lookups: u64) {
         let mut shard = self.shard(ino).lock();
         if let Some(inode) = shard.get_mut(&ino) {
             if inode.lookups != u32::MAX {
@@ -584,9 +630,6 @@ impl Known {
         // Answers that are under way may be older.
         inode.revoked = number;
         let attributes = std::mem::take(&mut inode.attributes);
-        if attributes {
-            inode.shaken = number;
-        }
         Forgotten {
             attributes,
             // What an earlier revocation wanted purged goes under this one's number now.
@@ -599,7 +642,6 @@ impl Known {
     /// Whether the pages of an inode whose last revocation was this one are to be purged now, for the sake of mappings. Who asks
     /// about the inode again and again needs no purge, and is not to be met by one.
     pub(crate) fn refresh(&self, ino: u64, revocation: Revocation, is_quiet: impl FnOnce() -> bool) -> Refresh {
-        let number = self.next_moment();
         let mut shard = self.shard(ino).lock();
         let wanted = |i: &&mut Box<Inode>| i.revoked == revocation.0 && i.has_pages && !i.settled;
         let Some(inode) = shard.get_mut(&ino).filter(wanted) else { return Refresh::Needless };
@@ -607,7 +649,7 @@ impl Known {
         match asked {
             Duration::ZERO if self.asking.load(Ordering::SeqCst) > 0 || !is_quiet() => Refresh::Later(BUSY),
             Duration::ZERO => {
-                Self::begin_purge(inode, number);
+                Self::begin_purge(inode);
                 Refresh::Now
             }
             wait => Refresh::Later(wait),
@@ -634,271 +676,4 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TTL: Duration = Duration::from_secs(1);
-
-    /// To a thread, of a version.
-    fn answer(thread: u32, version: u64) -> Answer {
-        Answer { thread, generation: 1, version: Some(version), looked_up: false, how: How::Ordinary }
-    }
-
-    fn look_up(thread: u32, version: u64) -> Answer {
-        Answer { looked_up: true, ..answer(thread, version) }
-    }
-
-    /// The kernel may know millions of inodes, and gives them up only when it needs their memory: about 1 KiB each.
-    #[test]
-    fn an_inode_takes_a_tenth_of_what_it_takes_in_the_kernel() {
-        assert!(size_of::<Inode>() <= 72, "{}", size_of::<Inode>());
-    }
-
-    #[test]
-    fn an_answer_overtaken_by_a_revocation_is_not_believed() {
-        let known = Known::new();
-        let directory = |thread| Answer { version: None, ..answer(thread, 0) };
-        let ask = |thread| known.tell(known.begin(), 7, directory(thread), TTL);
-        assert_eq!(known.tell(known.begin(), 7, Answer { looked_up: true, ..directory(0) }, TTL), TTL);
-        let late = known.begin();
-        assert!(known.revoke(7).attributes);
-        assert_eq!(known.tell(late, 7, directory(20), TTL), Duration::ZERO);
-        assert!(!known.revoke(7).attributes, "nothing was believed, so nothing is to be forgotten");
-        // The first answer since: nothing may make the kernel drop it, so there must be nothing to take back.
-        assert_eq!(ask(21), Duration::ZERO);
-        assert_eq!(ask(22), Duration::ZERO, "21 may still be asleep");
-        assert!(!known.revoke(7).attributes);
-        assert_eq!(ask(21), Duration::ZERO, "an answer before a revocation");
-        assert_eq!(ask(21), TTL, "it has taken that one in");
-        assert_eq!(ask(22), TTL);
-        assert!(known.revoke(7).attributes);
-    }
-
-    /// A thread of ours (9) asks the kernel, which is seen to have what it was told.
-    fn ask(known: &Known, version: u64, whole: bool) -> Seen {
-        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, version) }, Duration::ZERO);
-        known.took_in(7, 9, whole, false)
-    }
-
-    #[test]
-    fn a_revoked_file_is_believed_only_when_the_kernel_was_seen_to_have_all_of_it() {
-        let known = Known::new();
-        let told = || known.tell(known.begin(), 7, answer(1, 1), TTL);
-        let doubt = || known.doubt(known.begin(), 7, 1, 1);
-        assert_eq!(known.tell(known.begin(), 7, look_up(1, 1), TTL), TTL);
-        known.revoke(7);
-        assert_eq!((doubt(), told(), told()), (Some(Doubt::MayBeLost), Duration::ZERO, Duration::ZERO));
-        assert_eq!(ask(&known, 1, false), Seen::Done, "it had that version all the time");
-        assert_eq!((doubt(), told()), (Some(Doubt::MayBeLost), Duration::ZERO), "the mode may be another");
-        // Revoked while it was asked.
-        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, 1) }, Duration::ZERO);
-        known.revoke(7);
-        assert_eq!((known.took_in(7, 9, true, false), told()), (Seen::Done, Duration::ZERO));
-        assert_eq!((ask(&known, 1, true), doubt(), told()), (Seen::Done, None, TTL));
-    }
-
-    #[test]
-    fn a_forced_answer_keeps_what_is_newer_in_doubt_until_its_thread_is_heard() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        known.tell(known.begin(), 7, Answer { how: How::Forced, ..answer(3, 2) }, Duration::ZERO);
-        assert!(known.is_behind(7, 2), "that it will take this in is not relied on");
-        assert_eq!(ask(&known, 2, true), Seen::Purge, "it is the same");
-        known.purged(7);
-        assert_eq!(known.doubt(known.begin(), 7, 1, 2), None);
-        // Another node writes.
-        assert_eq!(ask(&known, 3, true), Seen::Again);
-        assert!(known.is_behind(7, 3));
-        known.hear(7, 3);
-        assert_eq!(ask(&known, 3, true), Seen::Purge);
-        known.purged(7);
-        known.tell(known.begin(), 7, Answer { how: How::Forced, ..answer(3, 2) }, Duration::ZERO);
-        assert!(known.doubt(known.begin(), 7, 1, 3).is_some());
-        known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, 3) }, Duration::ZERO);
-        assert_eq!(known.took_in(7, 9, true, true), Seen::Done, "borne with");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn pages_are_purged_for_mappings_only_if_no_answer_does_it() {
-        let known = Known::new();
-        let now = |forgotten: Forgotten| known.refresh(7, forgotten.revocation, || true);
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        known.tell_pages(7, 1, 1);
-        let first = known.revoke(7);
-        assert!(first.pages);
-        let asking = known.ask();
-        assert_eq!(now(first), Refresh::Later(BUSY));
-        drop(asking);
-        assert_eq!(known.refresh(7, first.revocation, || false), Refresh::Later(BUSY));
-        known.tell(known.begin(), 7, answer(1, 2), TTL);
-        let second = known.revoke(7);
-        assert_eq!(now(first), Refresh::Needless, "that is left to the newer one");
-        assert_eq!(now(second), Refresh::Later(ASKS_AGAIN), "somebody asked a moment ago, and will again");
-        tokio::time::advance(ASKS_AGAIN).await;
-        // An access time that is set in between does not make the pages any younger.
-        let changed = known.changed(7);
-        assert!(changed.pages);
-        assert_eq!((now(second), now(changed)), (Refresh::Needless, Refresh::Now));
-        assert!(!known.revoke(7).pages, "they are being purged");
-    }
-
-    #[test]
-    fn a_list_that_was_told_is_taken_back_though_attributes_were_told_for_no_time() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(1, 1), Duration::ZERO);
-        assert!(!known.revoke(7).attributes);
-        let start = known.begin();
-        assert!(known.tell_list(start, 1, 7));
-        assert!(known.revoke(7).attributes);
-        assert!(!known.tell_list(start, 1, 7), "it may be an older one");
-        assert!(!known.revoke(7).attributes, "nothing was told since");
-    }
-
-    #[test]
-    fn a_read_waits_until_the_kernel_has_its_version_and_no_other_pages() {
-        let known = Known::new();
-        let doubt = |start| known.doubt(start, 7, 2, 4);
-        let doubtful = |thread, version| known.doubt(known.begin(), 7, thread, version).is_some();
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        known.tell_pages(7, 1, 1);
-        assert!(!doubtful(2, 1), "it was made with that");
-        assert!(doubtful(2, 2) && known.is_behind(7, 2));
-        // Somebody was told, and comes again: he may have lost it.
-        known.tell(known.begin(), 7, answer(3, 2), TTL);
-        known.hear(7, 3);
-        assert!(doubtful(2, 2) && known.is_behind(7, 2));
-        let start = known.begin();
-        assert_eq!(ask(&known, 4, true), Seen::Purge);
-        // Who asked before the purge will lose the answer, whatever it is for.
-        assert_eq!(doubt(start), Some(Doubt::WillBeLost));
-        assert!(known.is_behind(7, 4));
-        known.tell_pages(7, 2, 4);
-        known.purged(7);
-        assert_eq!(doubt(start), Some(Doubt::WillBeLost));
-        assert!(!doubtful(2, 4) && !known.is_behind(7, 4));
-        assert!(doubtful(2, 5), "pages that were read while the others were purged");
-    }
-
-    #[test]
-    fn who_asked_before_an_invalidation_loses_the_answer() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        let start = known.begin();
-        assert!(known.changed(7).attributes);
-        assert_eq!(known.doubt(start, 7, 1, 1), Some(Doubt::WillBeLost));
-        assert_eq!(known.doubt(known.begin(), 7, 1, 1), None);
-        // What is set by an attribute (a list with its mode) is believed only when the kernel has surely asked since.
-        known.unsettle(7);
-        let told = || known.tell(known.begin(), 7, answer(1, 1), TTL);
-        assert_eq!((told(), ask(&known, 1, true), told()), (Duration::ZERO, Seen::Done, TTL));
-    }
-
-    #[test]
-    fn attributes_are_not_believed_beside_old_pages() {
-        let known = Known::new();
-        let told = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        known.tell_pages(7, 1, 1);
-        assert_eq!((told(1), told(2)), (TTL, Duration::ZERO));
-        assert_eq!(ask(&known, 2, true), Seen::Purge);
-        assert_eq!(told(2), Duration::ZERO, "they are being purged");
-        known.purged(7);
-        assert_eq!(told(2), TTL);
-    }
-
-    #[test]
-    fn where_the_kernel_cannot_be_asked_it_is_taken_for_granted_after_one_answer() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(1, 1), TTL);
-        known.tell_pages(7, 1, 1);
-        known.revoke(7);
-        assert!(known.doubt(known.begin(), 7, 1, 2).is_some());
-        known.assume(7, 2);
-        assert_eq!(known.doubt(known.begin(), 7, 1, 2), None);
-        assert!(known.doubt(known.begin(), 7, 1, 3).is_some());
-    }
-
-    #[test]
-    fn after_all_tokens_were_lost_no_version_is_what_it_was() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(1, 3), TTL);
-        known.tell_pages(7, 1, 3);
-        assert!(!known.is_behind(7, 3));
-        known.revoke_all();
-        assert!(known.is_behind(7, 3) && !known.keeps_pages(7, 2, 3));
-    }
-
-    #[test]
-    fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(2, 1), TTL);
-        let ask = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
-        let (changing, believed) = known.change(7, 2);
-        assert!(believed, "what would be older than what others can read soon");
-        assert_eq!(ask(1), Duration::ZERO);
-        assert!(!known.change(7, 3).1);
-        known.hear(7, 3);
-        drop(changing);
-        assert!(known.is_changing(7), "it may not have taken that in");
-        assert_eq!(ask(1), TTL);
-        known.hear(7, 2);
-        assert!(!known.is_changing(7));
-        assert!(known.shard(7).lock().get(&7).is_some_and(|inode| inode.rest.is_none()));
-    }
-
-    #[test]
-    fn an_unknown_inode_revoked_meanwhile_is_not_believed() {
-        let known = Known::new();
-        let start = known.begin();
-        known.revoke(7);
-        assert_eq!(known.tell(start, 7, look_up(0, 1), TTL), Duration::ZERO);
-    }
-
-    #[test]
-    fn pages_are_kept_only_while_the_data_is_the_same() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(0, 1), TTL);
-        assert!(known.keeps_pages(7, 1, 1));
-        known.tell_pages(7, 0, 1);
-        assert!(known.keeps_pages(7, 1, 1));
-        assert!(!known.keeps_pages(7, 1, 2) && !known.keeps_pages(7, 1, 2), "others may read them until they are dropped");
-    }
-
-    #[test]
-    fn forgetting_drops_the_inode_and_a_new_generation_starts_afresh() {
-        let known = Known::new();
-        known.tell(known.begin(), 7, look_up(0, 1), TTL);
-        known.tell_pages(7, 0, 1);
-        known.tell(known.begin(), 7, Answer { generation: 2, ..look_up(0, 9) }, TTL);
-        assert!(!known.is_behind(7, 9));
-        known.forget(7, 1);
-        assert!(known.contains(7));
-        known.forget(7, 1);
-        assert!(!known.contains(7));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn names_run_out_and_are_not_cached_in_a_directory_shared_with_writers() {
-        let known = Known::new();
-        let tell = || known.tell_name(known.begin(), 1, TTL);
-        known.tell(known.begin(), 1, Answer { version: None, ..look_up(0, 0) }, TTL);
-        assert_eq!(tell(), names::LIFETIME);
-        tokio::time::advance(names::LIFETIME).await;
-        assert_eq!(known.revoke(1).names, names::RUN_OUT - names::LIFETIME);
-        assert_eq!(known.revoke(1).names, Duration::ZERO);
-        assert_eq!(tell(), Duration::ZERO);
-        tokio::time::advance(names::SHARED * 2).await;
-        assert_eq!(tell(), names::LIFETIME);
-        assert_eq!(known.revoke(1).names, names::RUN_OUT);
-        // Again: it was too short.
-        tokio::time::advance(names::SHARED * 3).await;
-        assert_eq!(tell(), Duration::ZERO);
-        tokio::time::advance(names::SHARED).await;
-        assert_eq!(tell(), names::LIFETIME);
-        // Nobody has to wait for names that were told long ago.
-        tokio::time::advance(names::SHARED_MAX).await;
-        assert_eq!(known.revoke(1).names, Duration::ZERO);
-        tokio::time::advance(names::SHARED).await;
-        assert_eq!(tell(), names::LIFETIME);
-    }
-}
+mod tests;

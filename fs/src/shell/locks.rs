@@ -6,7 +6,7 @@
 //! A wait for a lock ends with any signal. It cannot be begun again by the kernel, as on a local file system for a handler with
 //! SA_RESTART: FUSE has no answer for that.
 
-use super::fuse::Front;
+use super::front::Front;
 use super::signal;
 use super::syscall::{LockCall, lock_call};
 use fuser::{Errno, FileHandle, INodeNo, LockOwner, ReplyEmpty, ReplyLock};

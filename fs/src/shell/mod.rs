@@ -1,5 +1,7 @@
 //! The shell: what touches the operating system. A mount is served here; what its requests mean is in `ops`.
 
+mod apart;
+mod front;
 mod fuse;
 mod handles;
 mod known;
@@ -15,7 +17,7 @@ mod syscall;
 mod translate;
 mod unheard;
 
-pub use fuse::Lifetime;
+pub use front::Lifetime;
 pub use mount::{
     MOUNT_TYPE, MountOptions, TRANSFER_MAX, UnknownOption, Unmount, mount, receive_descriptor, remount, send_descriptor, unmount,
 };

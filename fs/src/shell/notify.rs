@@ -10,19 +10,20 @@
 //! the mount, until the kernel is seen to have them (`probe`). Then losing the others harms nobody.
 //!
 //! Invariants:
-//! - No thread that serves requests or gives up tokens purges pages, or asks the kernel.
+//! - No thread that serves requests or gives up tokens purges pages, or asks the kernel. Those that do can be killed (`apart`).
 //! - Queues are bounded: who must have a purge waits for room without blocking a thread; who merely would like one drops it.
 //!
 //! Excludes: who needs to be told what (`known`).
 
-use super::known::{Doubt, Known, Refresh, Revocation, Seen, spread};
-use super::probe::{Device as Number, Probe, Unseen};
+use super::apart::set_apart;
+use super::known::{Data, Known, Refresh, Revocation, Seen, spread};
+use super::probe::{self, Device as Number, Probe, Unseen};
 use fuser::INodeNo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::gettid;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -33,7 +34,7 @@ use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 /// Purges that may wait in a lane.
 const QUEUE_MAX: usize = 1024;
 /// Threads for purges that answers wait for, each for a part of the inodes: where one waits for a token others need not.
-const LANES: usize = 4;
+const LANES: usize = 16;
 /// How often in a row the kernel is asked until it has what it was told. While a thread sets the file's size it takes in nothing.
 /// Where other nodes change the file, too, each time costs its token.
 const ASKED_MAX: usize = 3;
@@ -51,6 +52,8 @@ const ROWS_MAX: usize = 1000;
 /// The kernel may still be about to take in an answer that was sent just before a revocation; it is told again after these
 /// delays. Milliseconds; longer than any delay in scheduling a woken thread that is not itself a failure.
 const AGAIN_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 300];
+/// The first few of them have passed: who gives a token up had better wait so long.
+const AGAIN_SOON: Duration = Duration::from_millis(10);
 
 /// When pages that nobody asked about since they became old are purged, and how long to wait if that is not possible just then.
 const REFRESH_AFTER: Duration = Duration::from_millis(30);
@@ -107,7 +110,7 @@ fn known(result: io::Result<()>) -> io::Result<bool> {
 #[derive(Clone, Copy, Debug)]
 struct Renewal {
     ino: u64,
-    version: u64,
+    told: Data,
     /// Whatever it has.
     anew: bool,
     /// All of it, not just the size.
@@ -123,7 +126,7 @@ enum Job {
     /// Make the kernel take in a version and purge what is older; tells whether it has.
     Renew(Renewal, oneshot::Sender<Result<bool, Unseen>>),
     /// Ask for the root.
-    Greet(oneshot::Sender<()>),
+    Greet(oneshot::Sender<Result<(), Unseen>>),
     /// Purge if that is to be done just now; tells what was.
     Refresh(u64, Revocation, oneshot::Sender<Refresh>),
 }
@@ -156,15 +159,22 @@ impl Notify {
         let threads: Arc<[AtomicU32; LANES]> = Arc::default();
         let lane = |name: &str, number: Option<usize>| {
             let (sender, jobs) = mpsc::channel(QUEUE_MAX);
-            let lane = Lane { device: device.clone(), known: known.clone(), probe: probe.clone(), thread: 0 };
-            let threads = threads.clone();
+            let (ready, started) = std::sync::mpsc::channel();
+            let (fd, known, probe, threads) = (device.0.as_raw_fd(), known.clone(), probe.clone(), threads.clone());
             std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+                let own = set_apart(fd);
                 let thread = gettid().as_raw() as u32;
                 if let Some(number) = number {
                     threads[number].store(thread, Ordering::SeqCst);
                 }
-                Lane { thread, ..lane }.run(jobs);
+                let _ = ready.send(own.as_ref().map(drop).map_err(io::Error::kind));
+                if let Ok(own) = own {
+                    Lane { device: Device::new(own), known, probe, thread }.run(jobs);
+                }
             })?;
+            // Until then it needs the descriptor.
+            let started = started.recv().map_err(io::Error::other)?;
+            started.map_err(|kind| io::Error::new(kind, "cannot make a thread that asks the kernel"))?;
             Ok::<_, io::Error>(sender)
         };
         let urgent = (0..LANES).map(|n| lane(&format!("pulsar-purge-{n}"), Some(n))).collect::<io::Result<_>>()?;
@@ -191,22 +201,22 @@ impl Notify {
     /// Whether requests of our own threads are recognised. They are not if the kernel names threads by other numbers than this
     /// process sees: what they ask could then wait for themselves. So before anything waits for them they ask for the root, of
     /// which nothing is ever doubtful.
-    async fn can_recognise(&self) -> bool {
+    async fn can_recognise(&self) -> Result<(), Unseen> {
         // Who comes meanwhile waits for the first one's answer. Without success the next one tries again.
         let greet = || async {
             let (done, wait) = oneshot::channel();
             if self.urgent[0].send(Job::Greet(done)).await.is_ok() {
-                let _ = wait.await;
+                wait.await.unwrap_or(Err(Unseen::Now))?;
             }
-            self.recognises.load(Ordering::SeqCst).then_some(()).ok_or(Unseen)
+            self.recognises.load(Ordering::SeqCst).then_some(()).ok_or(Unseen::Ever)
         };
-        self.greeted.get_or_try_init(greet).await.is_ok()
+        self.greeted.get_or_try_init(greet).await.copied()
     }
 
-    /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it.
-    pub(crate) fn forget_attributes(&self, ino: u64, looked_up: impl Fn() -> bool + Send + 'static) {
+    /// Takes attributes back, at once. `looked_up`: whether the kernel was given the inode and did not forget it. Returns how long to
+    /// wait before something is done that relies on this.
+    pub(crate) fn forget_attributes(&self, ino: u64, looked_up: impl Fn() -> bool + Send + 'static) -> Duration {
         match self.device.forget_attributes(ino) {
-            Ok(true) => {}
             // The kernel has not yet made the inode of the answer that it was sent.
             Ok(false) if looked_up() => {
                 let device = self.device.clone();
@@ -218,44 +228,48 @@ impl Notify {
                         }
                     }
                 });
+                return AGAIN_SOON;
             }
-            Ok(false) => {}
+            Ok(_) => {}
             Err(error) => tracing::debug!(ino, %error, "cannot invalidate attributes"),
         }
+        Duration::ZERO
     }
 
     /// Makes the kernel take in this version of a file (or a newer one) and drop pages that are older; waits until that is done.
-    /// The answer to a GETATTR that was sent before may be lost then, and harmlessly; if it is lost already, even what else may have
-    /// changed must be taken in now. A `read()` needs only the size.
+    /// The answer to a GETATTR that was sent before may be lost then, and harmlessly. `anew`: it is asked even if it has this version;
+    /// what else there is may have changed. A `read()` needs only the size.
     ///
     /// # Errors
-    /// The kernel cannot be asked. From now on it is taken for granted that it has this version: the answer must make it so.
-    pub(crate) async fn renew(&self, ino: u64, version: u64, doubt: Doubt, for_read: bool) -> Result<(), Unseen> {
-        let renewed =
-            if self.can_recognise().await { self.ask_until_taken_in(ino, version, doubt, for_read).await } else { Err(Unseen) };
-        if renewed.is_err() {
-            self.known.assume(ino, version);
+    /// The kernel cannot be asked. If it never can be, it is taken for granted from now on that it has this version: the answer must
+    /// make it so.
+    pub(crate) async fn renew(&self, ino: u64, told: Data, anew: bool, for_read: bool) -> Result<(), Unseen> {
+        let renewed = match self.can_recognise().await {
+            Ok(()) => self.ask_until_taken_in(ino, told, anew, for_read).await,
+            Err(unseen) => Err(unseen),
+        };
+        if renewed == Err(Unseen::Ever) {
+            self.known.assume(ino, told.version);
         }
         renewed
     }
 
-    async fn ask_until_taken_in(&self, ino: u64, version: u64, doubt: Doubt, for_read: bool) -> Result<(), Unseen> {
+    async fn ask_until_taken_in(&self, ino: u64, told: Data, anew: bool, for_read: bool) -> Result<(), Unseen> {
         // What is done for one inode is done by one thread.
         let lane = &self.urgent[spread(ino, LANES)];
-        let anew = doubt == Doubt::WillBeLost;
         for row in 0.. {
             let (done, wait) = oneshot::channel();
             let patient = row < PATIENT_MAX;
-            let renewal = Renewal { ino, version, anew, whole: patient && !for_read, patient, equal: row < EQUAL_MAX };
+            let renewal = Renewal { ino, told, anew, whole: patient && !for_read, patient, equal: row < EQUAL_MAX };
             if lane.send(Job::Renew(renewal, done)).await.is_err() {
                 break;
             }
-            if wait.await.unwrap_or(Err(Unseen))? {
+            if wait.await.unwrap_or(Err(Unseen::Now))? {
                 break;
             }
             if row >= ROWS_MAX && !self.known.is_changing(ino) {
                 tracing::debug!(ino, "the kernel did not take in the attributes that it asked for");
-                return Err(Unseen);
+                return Err(Unseen::Now);
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
@@ -291,9 +305,9 @@ impl Notify {
     }
 }
 
-/// A thread that tells the kernel what may take a while.
+/// A thread that tells the kernel what may take a while. It has descriptors of its own (`apart`).
 struct Lane {
-    device: Arc<Device>,
+    device: Device,
     known: Arc<Known>,
     probe: Arc<Probe>,
     thread: u32,
@@ -307,10 +321,8 @@ impl Lane {
                     let _ = done.send(self.renew(renewal));
                 }
                 Job::Greet(done) => {
-                    let root = INodeNo::ROOT.0;
-                    // That it is asked for is all that counts.
-                    let _ = self.probe.ask(root, self.known.generation(root).unwrap_or(0));
-                    let _ = done.send(());
+                    // The kernel makes the root by itself, of generation 0.
+                    let _ = done.send(self.probe.ask(INodeNo::ROOT.0, 0).map(drop));
                 }
                 Job::Refresh(ino, revocation, answer) => {
                     let what = self.known.refresh(ino, revocation, || !self.device.has_requests());
@@ -324,26 +336,29 @@ impl Lane {
     }
 
     fn renew(&self, renewal: Renewal) -> Result<bool, Unseen> {
-        let Renewal { ino, version, anew, whole, patient, equal } = renewal;
+        let Renewal { ino, told, anew, whole, patient, equal } = renewal;
+        let held = self.known.hold(ino);
         for _ in 0..ASKED_MAX {
             // Perhaps it was done for somebody else meanwhile.
-            let is_behind = self.known.is_behind(ino, version);
+            let is_behind = self.known.is_behind(ino, told);
             let Some(generation) = self.known.generation(ino).filter(|_| is_behind || anew) else { return Ok(true) };
             let seen = self.probe.ask(ino, generation)?;
+            let has_all = seen.has == seen.told;
             let is_longer = seen.has.size > seen.told.size && self.known.is_changing(ino);
             let has_size = seen.has.size == seen.told.size || !equal && is_longer;
-            let has_all = seen.has == seen.told;
             if has_all || !whole && has_size {
                 if !is_behind {
                     return Ok(true);
                 }
-                match self.known.took_in(ino, self.thread, has_all, !patient) {
+                match self.known.took_in(ino, self.thread, seen.told.size, has_all, !patient) {
                     Seen::Done => return Ok(true),
                     Seen::Purge => {
+                        // A purge may wait for what a change has begun.
+                        drop(held);
                         self.purge(ino);
                         return Ok(true);
                     }
-                    Seen::Again => {}
+                    Seen::Again => self.known.hear_gone(ino, probe::is_gone),
                 }
             }
             std::thread::yield_now();

@@ -17,14 +17,20 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::sys::stat::Mode;
+use std::io::ErrorKind;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// The kernel cannot be asked: the mount is not to be seen from here, or this process may not.
+/// The kernel cannot be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Unseen;
+pub(crate) enum Unseen {
+    /// Just now: it failed, or the mount is only just being made.
+    Now,
+    /// Ever: the mount is not to be seen from here, or this process may not.
+    Ever,
+}
 
 /// What tells one state of an inode from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +76,8 @@ impl Probe {
     /// See [`Unseen`]; or the inode is gone.
     pub(crate) fn ask(&self, ino: u64, generation: u64) -> Result<Seen, Unseen> {
         let ask = || {
-            let (Some(directory), Some(device)) = (&self.directory, self.device.get()) else { return Err(Errno::ENOTSUP) };
+            let directory = self.directory.as_ref().ok_or(Errno::ENOTSUP)?;
+            let device = self.device.get().ok_or(Errno::EAGAIN)?;
             let root = open(directory, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
             if statx(&root, libc::AT_STATX_DONT_SYNC)?.0 != *device {
                 return Err(Errno::EXDEV);
@@ -82,9 +89,17 @@ impl Probe {
         };
         ask().map_err(|error| {
             tracing::debug!(ino, %error, "cannot ask the kernel for attributes");
-            Unseen
+            match error {
+                Errno::ENOTSUP | Errno::ENOSYS | Errno::EXDEV | Errno::EPERM => Unseen::Ever,
+                _ => Unseen::Now,
+            }
         })
     }
+}
+
+/// Whether a thread is there no more.
+pub(crate) fn is_gone(thread: u32) -> bool {
+    Path::new("/proc").join(thread.to_string()).symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
 /// Opens an inode that the kernel has by the numbers that it was told (fs/fuse/inode.c, `fuse_fh_to_dentry`), for asking only.

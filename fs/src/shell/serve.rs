@@ -6,7 +6,8 @@
 //! - Mounts of one file system on one node change things under each other's feet without any token moving. So while there is
 //!   more than one, the kernel is let believe nothing. (A bind mount of the first is better: the kernel then has one view.)
 
-use super::fuse::{Front, Fuse, Lifetime};
+use super::front::{Front, Lifetime};
+use super::fuse::Fuse;
 use super::handles::Handles;
 use super::known::Known;
 use super::mount::{self, Unmount};
@@ -322,14 +323,15 @@ impl<D: Disk> Peer for Front<D> {
         }
         let node = self.identity.node(crate::Ino(ino));
         let forgotten = self.known.revoke(node);
+        let mut wait = forgotten.names;
         if forgotten.attributes {
             let known = self.known.clone();
-            self.notify.forget_attributes(node, move || known.contains(node));
+            wait = wait.max(self.notify.forget_attributes(node, move || known.contains(node)));
         }
         if forgotten.pages {
             self.notify.refresh(vec![(node, forgotten.revocation)]);
         }
-        forgotten.names
+        wait
     }
 
     fn changed(&self, ino: u64) {

@@ -8,16 +8,24 @@
 //! - a *change* of data (WRITE, `fallocate`, opening with `O_TRUNC`) has no attributes in its answer, and makes others lose theirs.
 //!
 //! A thread that asks something else is done with what it was told before: it is *heard*. That the kernel has kept it is proved
-//! by that for directories, whose answers only an invalidation can make it lose. For files only asking the kernel proves it
-//! (`probe`).
+//! by that for directories, whose answers only an invalidation or another answer can make it lose. For files only asking the kernel
+//! proves it (`probe`), and then whoever is not heard yet may still *undo* it: with a forced answer of another version, or with a
+//! change that ended beyond where another node has cut the file since.
 //!
 //! Invariants:
-//! - The list is bounded. If anything falls off it that could still undo something, so may whoever is not on it (`may_undo`).
+//! - The list is bounded. If anything falls off it that could still undo something, so may whoever is not on it.
 //!
 //! Excludes: what follows from it (`known`).
 
 /// Answers remembered per inode.
 const UNHEARD_MAX: usize = 8;
+
+/// What tells one state of a file's data from another, as far as the kernel keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Data {
+    pub(crate) version: u64,
+    pub(crate) size: u64,
+}
 
 /// What was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +36,8 @@ pub(super) enum Kind {
     Asked { version: u64 },
     /// A file's attributes, which are taken in in any case.
     Forced { version: u64 },
-    /// That the data was changed.
-    Change,
+    /// That the data was changed, up to this end: if the kernel takes it for shorter than that, it corrects itself.
+    Change { end: u64 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +54,7 @@ pub(super) struct Unheard {
     sent: Vec<Sent>,
     /// Changes under way.
     changing: u16,
-    /// A forced answer fell off the list.
+    /// Something that could undo another fell off the list.
     overflowed: bool,
 }
 
@@ -60,7 +68,7 @@ impl Unheard {
         self.sent.retain(|s| s.thread != thread);
         if self.sent.len() == UNHEARD_MAX {
             let oldest = self.sent.remove(0);
-            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. });
+            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. } | Kind::Change { .. });
         }
         self.sent.reserve_exact(1);
         self.sent.push(Sent { thread, kind, holds });
@@ -84,12 +92,17 @@ impl Unheard {
         self.changing = self.changing.saturating_add(1);
     }
 
-    /// A change ends: its thread is about to be told.
-    pub(super) fn end_change(&mut self, thread: u32) {
-        self.changing = self.changing.saturating_sub(1);
+    /// A change has been made, up to this end; its thread will be told.
+    pub(super) fn reach(&mut self, thread: u32, end: u64) {
         if thread != 0 {
-            self.send(thread, Kind::Change, false);
+            self.send(thread, Kind::Change { end }, false);
         }
+    }
+
+    /// A change ends: its thread is about to be told.
+    pub(super) fn end_change(&mut self, thread: u32, end: u64) {
+        self.changing = self.changing.saturating_sub(1);
+        self.reach(thread, end);
     }
 
     /// Whether a change is under way.
@@ -99,7 +112,7 @@ impl Unheard {
 
     /// Whether a change is under way, or who made one may not have taken in yet that it did.
     pub(super) fn is_changing(&self) -> bool {
-        self.changing > 0 || self.sent.iter().any(|s| s.kind == Kind::Change)
+        self.changing > 0 || self.sent.iter().any(|s| matches!(s.kind, Kind::Change { .. }))
     }
 
     /// What a thread of ours was told when it asked: the version, and whether it still holds.
@@ -110,15 +123,29 @@ impl Unheard {
         })
     }
 
-    /// Whether somebody may still make the kernel take in another version than this one, though it has this.
-    pub(super) fn may_undo(&self, version: u64) -> bool {
-        let is_other = |s: &Sent| matches!(s.kind, Kind::Forced { version: other } if other != version);
-        self.overflowed || self.sent.iter().any(is_other)
+    /// Whether somebody may still make the kernel have other data attributes than these.
+    pub(super) fn may_undo(&self, told: Data) -> bool {
+        let undoes = |s: &Sent| match s.kind {
+            Kind::Forced { version } => version != told.version,
+            Kind::Change { end } => end > told.size,
+            Kind::Directory | Kind::Asked { .. } => false,
+        };
+        self.overflowed || self.sent.iter().any(undoes)
     }
 
-    /// Forced answers are taken for taken in, which they are by now unless their threads do not get to run.
+    /// Whether somebody may still make the kernel take in what does not hold any more.
+    pub(super) fn may_unsettle(&self) -> bool {
+        self.overflowed || self.sent.iter().any(|s| matches!(s.kind, Kind::Forced { .. }) && !s.holds)
+    }
+
+    /// Threads that are gone have taken in what they were told.
+    pub(super) fn hear_gone(&mut self, is_gone: impl Fn(u32) -> bool) {
+        self.sent.retain(|s| !is_gone(s.thread));
+    }
+
+    /// What could undo something is taken for taken in, which it is by now unless its threads do not get to run.
     pub(super) fn give_up(&mut self) {
-        self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. }));
+        self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. } | Kind::Change { .. }));
         self.overflowed = false;
     }
 }
@@ -143,35 +170,53 @@ mod tests {
 
     #[test]
     fn a_forced_answer_may_undo_another_version_until_its_thread_is_heard() {
+        let of = |version| Data { version, size: 10 };
         let mut u = Unheard::default();
         u.send(1, Kind::Forced { version: 7 }, true);
         u.send(2, Kind::Asked { version: 8 }, true);
-        assert!(u.may_undo(8) && !u.may_undo(7));
+        assert!(u.may_undo(of(8)) && !u.may_undo(of(7)) && !u.may_unsettle());
         assert_eq!((u.asked(2), u.asked(1)), (Some((8, true)), None));
+        u.revoke();
+        assert!(u.may_unsettle(), "the mode may be another by now");
         u.hear(1);
-        assert!(!u.may_undo(8));
+        assert!(!u.may_undo(of(8)) && !u.may_unsettle());
+        u.send(1, Kind::Forced { version: 7 }, true);
+        u.hear_gone(|thread| thread == 3);
+        assert!(u.may_undo(of(8)));
+        u.hear_gone(|thread| thread == 1);
+        assert!(!u.may_undo(of(8)));
         u.send(1, Kind::Forced { version: 7 }, true);
         u.give_up();
-        assert!(!u.may_undo(8));
-        assert_eq!(u.asked(2), Some((8, true)));
-        u.revoke();
+        assert!(!u.may_undo(of(8)));
         assert_eq!(u.asked(2), Some((8, false)));
     }
 
     #[test]
-    fn what_falls_off_may_still_undo_something_if_it_was_forced() {
+    fn a_change_may_undo_a_size_below_its_end() {
+        let of = |size| Data { version: 7, size };
         let mut u = Unheard::default();
-        let fill = |u: &mut Unheard| (2..=UNHEARD_MAX as u32 + 1).for_each(|thread| u.send(thread, Kind::Change, false));
-        u.send(1, Kind::Change, false);
+        u.begin_change();
+        u.end_change(1, 10);
+        assert!(!u.may_undo(of(10)) && u.may_undo(of(9)));
+        u.hear(1);
+        assert!(!u.may_undo(of(9)));
+    }
+
+    #[test]
+    fn what_falls_off_may_still_undo_something_if_it_could_before() {
+        let of = Data { version: 7, size: 10 };
+        let mut u = Unheard::default();
+        let fill = |u: &mut Unheard| (2..=UNHEARD_MAX as u32 + 1).for_each(|thread| u.send(thread, Kind::Directory, false));
+        u.send(1, Kind::Directory, false);
         fill(&mut u);
-        assert!(!u.may_undo(7));
+        assert!(!u.may_undo(of));
         u.send(1, Kind::Forced { version: 7 }, true);
         fill(&mut u);
-        u.send(20, Kind::Change, false);
-        u.send(21, Kind::Change, false);
-        assert!(u.may_undo(7));
+        u.send(20, Kind::Directory, false);
+        u.send(21, Kind::Directory, false);
+        assert!(u.may_undo(of) && u.may_unsettle());
         u.give_up();
-        assert!(!u.may_undo(7));
+        assert!(!u.may_undo(of));
     }
 
     #[test]
@@ -179,7 +224,7 @@ mod tests {
         let mut u = Unheard::default();
         u.begin_change();
         assert!(u.is_under_change() && u.is_changing());
-        u.end_change(3);
+        u.end_change(3, 0);
         assert!(!u.is_under_change() && u.is_changing());
         u.hear(3);
         assert!(!u.is_changing() && u.is_empty());

@@ -1,0 +1,154 @@
+//! What the requests of one mount share, and what their answers have in common.
+//!
+//! Invariants:
+//! - Whatever the kernel is let believe is in `Known` first, so that it can be taken back.
+//!
+//! Excludes: the requests (`fuse`), what the kernel believes (`known`), notifications (`notify`).
+
+use super::handles::{self, Handles};
+use super::known::{Answer, Changing, Data, How, Known, Moment};
+use super::notify::Notify;
+use super::serve::Company;
+use super::translate::{self, Identity, errno};
+use crate::acl;
+use crate::{Attributes, FileSystem, FsError, Ino};
+use fuser::{FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyEntry};
+use sld::{Disk, Locks};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// How long the kernel may believe what it is told now; must not outlive the node's lease.
+pub type Lifetime = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// What a mount's requests share.
+pub(crate) struct Front<D: Disk> {
+    pub(crate) fs: Arc<FileSystem<D>>,
+    pub(crate) known: Arc<Known>,
+    pub(crate) notify: Notify,
+    pub(crate) lifetime: Lifetime,
+    pub(crate) company: Company,
+    pub(crate) identity: Identity,
+    /// Open files, and what became of their locks.
+    pub(crate) handles: Arc<Handles>,
+    /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
+    pub(crate) locks: Option<Arc<Locks>>,
+    /// Which node this is, for whose processes a lock's holder has a number.
+    pub(crate) node: cluster::NodeId,
+    pub(crate) runtime: Handle,
+    pub(crate) stop: watch::Receiver<bool>,
+}
+
+impl<D: Disk> Front<D> {
+    /// How long the kernel may believe attributes that it is told now.
+    pub(super) fn lifetime(&self) -> Duration {
+        if self.company.has_others() { Duration::ZERO } else { (self.lifetime)() }
+    }
+
+    /// What a thread is told of an inode.
+    pub(super) fn answer(thread: u32, attributes: &Attributes, looked_up: bool, how: How) -> Answer {
+        let version = Self::data(attributes).map(|data| data.version);
+        Answer { thread, generation: attributes.generation, version, looked_up, how }
+    }
+
+    /// Answers a thread with a name that was looked up or made.
+    pub(super) fn entry(
+        &self,
+        start: Moment,
+        parent: INodeNo,
+        result: Result<Attributes, FsError>,
+        thread: u32,
+        how: How,
+        reply: ReplyEntry,
+    ) {
+        match result {
+            Ok(attributes) => {
+                let node = self.identity.node(attributes.ino);
+                let names = self.known.tell_name(start, parent.0, self.lifetime());
+                let ttl = if how == How::Forced { Duration::ZERO } else { self.lifetime() };
+                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, true, how), ttl);
+                let generation = Generation(attributes.generation);
+                reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// Answers SETATTR: the kernel takes the attributes in even if an invalidation has overtaken them, so they live for no time.
+    pub(super) fn changed(&self, start: Moment, thread: u32, result: Result<Attributes, FsError>, reply: ReplyAttr) {
+        match result {
+            Ok(attributes) => {
+                let node = self.identity.node(attributes.ino);
+                self.known.tell(start, node, Self::answer(thread, &attributes, false, How::Forced), Duration::ZERO);
+                reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// To be held while a thread changes a file's data, until just before it is answered.
+    pub(super) fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
+        let (changing, believed) = self.known.change(ino, thread);
+        if believed {
+            let known = self.known.clone();
+            self.notify.forget_attributes(ino, move || known.contains(ino));
+        }
+        changing
+    }
+
+    /// To be held while a thread changes an attribute. If that is an access list it changes the mode with it, of which the answer
+    /// tells the kernel nothing: `listed` is to be called when it is done.
+    pub(super) fn change_list(&self, name: &[u8], ino: INodeNo, thread: u32) -> Option<Changing<'_>> {
+        is_list(name).then(|| self.change(ino.0, thread)).flatten()
+    }
+
+    pub(super) fn listed(&self, ino: INodeNo, changing: Option<Changing<'_>>) {
+        if changing.is_some() {
+            let forgotten = self.known.unsettle(ino.0);
+            if forgotten.pages {
+                self.notify.refresh(vec![(ino.0, forgotten.revocation)]);
+            }
+        }
+    }
+
+    /// A file's data; none: it is no file.
+    pub(super) fn data(attributes: &Attributes) -> Option<Data> {
+        translate::is_file(attributes).then_some(Data { version: attributes.data_version, size: attributes.size })
+    }
+
+    pub(super) fn open_flags(&self, thread: u32, attributes: &Attributes, direct: bool) -> FopenFlags {
+        let mut flags = FopenFlags::empty();
+        if self.known.keeps_pages(self.identity.node(attributes.ino), thread, attributes.data_version) {
+            flags |= FopenFlags::FOPEN_KEEP_CACHE;
+        }
+        if direct {
+            flags |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        } else if self.locks.is_none() {
+            // Closing a handle that only reads has nothing to report, and no locks to release.
+            flags |= FopenFlags::FOPEN_NOFLUSH;
+        }
+        flags
+    }
+
+    /// EIO, once for each handle, if written-behind data of the file was lost.
+    pub(super) fn report_loss(&self, ino: Ino, handle: FileHandle) -> Result<(), FsError> {
+        // What the disk still remembers was lost when nobody had it open.
+        let is_lost = handles::is_direct(handle) && (self.handles.report_loss(handle) | self.fs.disk().take_loss(ino.object()));
+        if is_lost { Err(FsError::Disk(sld::DiskError::Lost)) } else { Ok(()) }
+    }
+
+    /// Makes a file durable. Reports what was lost before, too.
+    pub(super) async fn sync(&self, ino: Ino, handle: FileHandle, data_only: bool) -> Result<(), FsError> {
+        let synced = self.fs.fsync(ino, data_only).await;
+        if matches!(synced, Ok(()) | Err(FsError::Disk(sld::DiskError::Lost))) && self.handles.report_loss(handle) {
+            return Err(FsError::Disk(sld::DiskError::Lost));
+        }
+        synced
+    }
+}
+
+/// Whether an attribute is an access list.
+pub(super) fn is_list(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
+}
