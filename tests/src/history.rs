@@ -23,7 +23,7 @@
 
 use crate::driver::Driver;
 use crate::linear::{Call, Spec, Verdict, check};
-use crate::op::{Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, errno};
+use crate::op::{Fallocate, FileKind, Op, OpenHow, Outcome, RenameFlag, Reply, Stat, errno, pattern};
 use crate::reference::Oracle;
 use cluster::sim::Rng;
 use parking_lot::Mutex;
@@ -404,7 +404,12 @@ impl History {
         let looks = crate::generate::shrink(looks, 300, |looks| is_wrong(&whole(looks)));
         let short = whole(&looks);
         let mut text = format!("no order explains this ({:?} in {}):\n", self.object, self.dir);
-        short.iter().for_each(|record| _ = writeln!(text, "  {}", line(record)));
+        for record in &short {
+            let _ = writeln!(text, "  {}", line(record));
+            if let Some(Ok(Reply::Bytes(bytes))) = &record.outcome {
+                let _ = writeln!(text, "          made of {}", made_of(bytes, &records));
+            }
+        }
         losses.iter().for_each(|l| _ = writeln!(text, "  n{} may lose something from {} to {}", l.node + 1, l.begun, l.ended));
         if let Verdict::Wrong { stuck, .. } = self.search(&short, losses) {
             let fits: BTreeSet<u64> = {
@@ -419,6 +424,34 @@ impl History {
         }
         text
     }
+}
+
+/// Which writes the bytes that were read are from: ranges, with the number of the write's fill (0: zeros).
+fn made_of(bytes: &[u8], records: &[Record]) -> String {
+    /// So many equal bytes tell one write's from another's.
+    const TELLING: usize = 8;
+    let fills: Vec<(u32, Vec<u8>)> = records
+        .iter()
+        .filter_map(|r| match r.op {
+            Op::Write { len, fill, .. } => Some((fill, pattern(fill, 0, len as usize))),
+            _ => None,
+        })
+        .collect();
+    let equal = |a: &[u8], b: &[u8]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let (mut at, mut text) = (0, String::new());
+    while at < bytes.len() {
+        let rest = &bytes[at..];
+        let zeros = (rest.iter().take_while(|byte| **byte == 0).count(), "zeros".to_owned());
+        let runs = fills.iter().map(|(fill, from)| {
+            let run = (0..from.len()).map(|start| equal(rest, &from[start..])).max();
+            (run.unwrap_or(0), fill.to_string())
+        });
+        let (run, what) = runs.chain([zeros]).max().unwrap_or_default();
+        let (run, what) = if run < TELLING.min(rest.len()) { (1, "?".to_owned()) } else { (run, what) };
+        let _ = write!(text, "{at}..{} {what}, ", at + run);
+        at += run;
+    }
+    text
 }
 
 fn line(r: &Record) -> String {

@@ -376,3 +376,60 @@ fn a_counter_is_read_right_beside_other_processes() {
     count_beside(&cluster, "truncated", |file, n| file.set_len(8192 + n % 5000).expect("it can be cut"));
     count_beside(&cluster, "appended", |mut file, _| std::io::Write::write_all(&mut file, b"more").expect("it can grow"));
 }
+
+/// A thread that asks the kernel about a mount of its own process waits for that process, unkillably; sharing descriptors with it, it
+/// would keep it from ever ending.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn threads_that_ask_the_kernel_share_no_descriptor_of_its_device() {
+    let cluster = RealCluster::up(&Options::default());
+    std::fs::write(cluster.mount(1).join("f"), "here").expect("a file");
+    for daemon in cluster.daemons() {
+        let threads = std::fs::read_dir(format!("/proc/{daemon}/task")).expect("it runs").flatten();
+        let devices = |thread: &Path| -> usize {
+            let links = std::fs::read_dir(thread.join("fd")).expect("its descriptors").flatten();
+            links.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/fuse"))).count()
+        };
+        let mut asking = 0;
+        for thread in threads {
+            let name = std::fs::read_to_string(thread.path().join("comm")).expect("a thread's name");
+            if name.starts_with("pulsar-purge") || name.starts_with("pulsar-refresh") {
+                asking += 1;
+                assert_eq!(devices(&thread.path()), 1, "{name}");
+            }
+        }
+        let main = PathBuf::from(format!("/proc/{daemon}/task/{daemon}"));
+        assert!(asking > 1 && devices(&main) > 1, "{asking} threads, {} descriptors", devices(&main));
+    }
+}
+
+/// Each write makes the kernel lose the attributes that it is just being told.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn who_may_open_a_file_is_right_beside_a_busy_writer() {
+    use std::os::unix::fs::{FileExt, PermissionsExt};
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1).join("f"), cluster.mount(2).join("f"));
+    std::fs::write(&here, [7; 4096]).expect("a file");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let file = File::options().write(true).open(&here).expect("it is there");
+            while !done.load(Ordering::SeqCst) {
+                file.write_all_at(&[8; 100], 50).expect("it is written");
+            }
+        });
+        let wrong = (0..60).filter(|n| {
+            let may = n % 2 == 0;
+            let mode = if may { 0o644 } else { 0o600 };
+            std::fs::set_permissions(&there, std::fs::Permissions::from_mode(mode)).expect("the mode is set");
+            let read = Command::new("cat").arg(&here).uid(NOBODY).gid(NOBODY).output().expect("cat runs");
+            read.status.success() != may
+        });
+        let wrong = wrong.count();
+        done.store(true, Ordering::SeqCst);
+        assert_eq!(wrong, 0, "opened, or not, by an older mode");
+    });
+}

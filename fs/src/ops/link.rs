@@ -35,16 +35,17 @@ impl<D: Disk> FileSystem<D> {
             if inode.is_directory() {
                 return Err(FsError::NotPermitted);
             }
-            if inode.is_orphan() {
-                return Err(FsError::NotFound);
-            }
-            let (kind, generation) = (inode.kind(), inode.generation);
+            let (kind, generation, is_orphan) = (inode.kind(), inode.generation, inode.is_orphan());
             let Some(resolved) = work.resolve(new_parent, new_name, Mode::Shared).await? else {
                 locks.need(work.needs);
                 continue;
             };
             if resolved.winner().is_some() {
                 return Err(FsError::Exists);
+            }
+            // Looked at last, as the kernel does.
+            if is_orphan {
+                return Err(FsError::NotFound);
             }
             let now = self.now();
             let seq = resolved.counter + 1;

@@ -190,6 +190,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
+            let _looking = front.known.look_in(parent.0);
             let dir = front.identity.ino(parent);
             let result = front.fs.lookup(dir, &name).await;
             if let Err(error) = &result
@@ -622,7 +623,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                         let unknown = || identity.unknown(entry.ino, entry.kind);
                         let attributes = entry.attributes.as_ref().map_or_else(unknown, |a| identity.attributes(a));
                         let generation = entry.attributes.as_ref().map_or(entry.generation, |a| a.generation);
-                        let lifetime = if entry.attributes.is_some() { names } else { Duration::ZERO };
+                        let in_time = entry.attributes.is_some() && !front.known.is_looked_in(ino.0);
+                        let lifetime = if in_time { names } else { Duration::ZERO };
                         let node = attributes.ino.0;
                         let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
                         let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);

@@ -123,6 +123,15 @@ struct Rest {
     unheard: Unheard,
     /// How often the kernel is just being asked.
     asked: u8,
+    /// Look-ups in this directory that are under way.
+    looking: u16,
+}
+
+impl Rest {
+    fn is_empty(&self) -> bool {
+        let Rest { names, unheard, asked, looking } = self;
+        names.is_none() && unheard.is_empty() && *asked == 0 && *looking == 0
+    }
 }
 
 /// A change of a file's data that is under way.
@@ -222,7 +231,7 @@ impl Inode {
         }
         let Some(rest) = &mut self.rest else { return };
         self.settled |= rest.unheard.hear(thread);
-        if rest.unheard.is_empty() && rest.names.is_none() && rest.asked == 0 {
+        if rest.is_empty() {
             self.rest = None;
         }
     }
@@ -302,6 +311,19 @@ impl Drop for Held<'_> {
             rest.asked = rest.asked.saturating_sub(1);
         }
         known.answered.notify_waiters();
+    }
+}
+
+/// A name is being looked up in a directory.
+#[derive(Debug)]
+pub(crate) struct Looking<'a>(&'a Known, u64);
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        let Looking(known, directory) = *self;
+        if let Some(rest) = known.shard(directory).lock().get_mut(&directory).and_then(|inode| inode.rest.as_mut()) {
+            rest.looking = rest.looking.saturating_sub(1);
+        }
     }
 }
 
@@ -546,6 +568,21 @@ impl Known {
         inode.revoked_at = Stamp::default();
         inode.rest().names.get_or_insert_default().tell();
         ttl.min(names::LIFETIME)
+    }
+
+    /// To be held while a name is looked up in a directory.
+    pub(crate) fn look_in(&self, directory: u64) -> Looking<'_> {
+        if let Some(inode) = self.shard(directory).lock().get_mut(&directory) {
+            let looking = &mut inode.rest().looking;
+            *looking = looking.saturating_add(1);
+        }
+        Looking(self, directory)
+    }
+
+    /// Whether a name is just being looked up in a directory. Then a thread that is sent a listing may have to wait, in the midst of
+    /// taking it in, for that look-up to end, which may take longer than names live, and believes what is left only from then on.
+    pub(crate) fn is_looked_in(&self, directory: u64) -> bool {
+        self.shard(directory).lock().get(&directory).and_then(|inode| inode.rest.as_ref()).is_some_and(|rest| rest.looking > 0)
     }
 
     /// An access control list is about to be sent to a thread in answer to a request that began at `start`. The kernel keeps it

@@ -249,6 +249,19 @@ fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
 }
 
 #[test]
+fn a_directory_is_looked_in_while_a_name_is_looked_up() {
+    let known = Known::new();
+    known.tell(known.begin(), 1, Answer { version: None, ..look_up(0, 0) }, TTL);
+    let (one, other) = (known.look_in(1), known.look_in(1));
+    drop(one);
+    known.hear(1, 5);
+    assert!(known.is_looked_in(1));
+    drop(other);
+    known.tell(known.begin(), 1, Answer { version: None, ..answer(5, 0) }, TTL);
+    assert!(!known.is_looked_in(1));
+}
+
+#[test]
 fn an_unknown_inode_revoked_meanwhile_is_not_believed() {
     let known = Known::new();
     let start = known.begin();
