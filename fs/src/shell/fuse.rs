@@ -14,7 +14,7 @@
 
 use super::front::{Front, is_list};
 use super::handles;
-use super::known::{Answer, Changing, How, Known};
+use super::known::{Answer, Changing, How, Known, Reach};
 use super::mount::TRANSFER_MAX;
 use super::rights;
 use super::signal;
@@ -104,9 +104,9 @@ fn sized(result: Result<Vec<u8>, FsError>, size: u32, reply: ReplyXattr) {
 }
 
 /// A change of a file that the kernel knows has been made.
-fn reach(changing: &mut Option<Changing<'_>>, end: u64) {
+fn reach(changing: &mut Option<Changing<'_>>, reach: Reach) {
     if let Some(changing) = changing {
-        changing.reach(end);
+        changing.reach(reach);
     }
 }
 
@@ -471,7 +471,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
-                reach(&mut changing, end);
+                reach(&mut changing, Reach { end, zeros: false });
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             let result = result.await;
@@ -796,7 +796,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let mut changing = front.change(ino.0, caller.pid);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
-                reach(&mut changing, if keep_size { 0 } else { offset.saturating_add(length) });
+                let end = if keep_size { 0 } else { offset.saturating_add(length) };
+                reach(&mut changing, Reach { end, zeros: what != Allocate::Reserve });
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
             };
             let result = result.await;
@@ -849,7 +850,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;
-                reach(&mut changing, to_offset.saturating_add(copied));
+                reach(&mut changing, Reach { end: to_offset.saturating_add(copied), zeros: false });
                 if handles::is_synchronous(to_handle) {
                     front.sync(target.0, to_handle, false).await?;
                 }

@@ -30,7 +30,7 @@
 //! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), which of them may be on their way (`unheard`).
 
 use super::names::{self, Names};
-pub(crate) use super::unheard::Data;
+pub(crate) use super::unheard::{Data, Reach};
 use super::unheard::{Kind, Unheard};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -140,15 +140,15 @@ pub(crate) struct Changing<'a> {
     known: &'a Known,
     ino: u64,
     thread: u32,
-    end: u64,
+    reach: Reach,
 }
 
 impl Changing<'_> {
-    /// It has been made, up to this end of the file's. From now on its answer may undo what another node does to the size.
-    pub(crate) fn reach(&mut self, end: u64) {
-        self.end = end;
+    /// It has been made. From now on its answer may undo what another node does.
+    pub(crate) fn reach(&mut self, reach: Reach) {
+        self.reach = reach;
         if let Some(rest) = self.known.shard(self.ino).lock().get_mut(&self.ino).and_then(|inode| inode.rest.as_mut()) {
-            rest.unheard.reach(self.thread, end);
+            rest.unheard.reach(self.thread, reach);
         }
     }
 
@@ -169,7 +169,7 @@ impl Drop for Changing<'_> {
     fn drop(&mut self) {
         let mut shard = self.known.shard(self.ino).lock();
         if let Some(rest) = shard.get_mut(&self.ino).and_then(|inode| inode.rest.as_mut()) {
-            rest.unheard.end_change(self.thread, self.end);
+            rest.unheard.end_change(self.thread, self.reach);
         }
     }
 }
@@ -230,9 +230,18 @@ impl Inode {
             return;
         }
         let Some(rest) = &mut self.rest else { return };
-        self.settled |= rest.unheard.hear(thread);
+        let heard = rest.unheard.hear(thread);
         if rest.is_empty() {
             self.rest = None;
+        }
+        self.settled |= heard.settled;
+        self.spoil(heard.spoiled);
+    }
+
+    /// Whatever pages it has may be of no version.
+    fn spoil(&mut self, spoiled: bool) {
+        if spoiled {
+            self.pages = 0;
         }
     }
 
@@ -473,11 +482,11 @@ impl Known {
         let Some(inode) = shard.get_mut(&ino) else { return Seen::Done };
         let Some(unheard) = inode.unheard_mut() else { return Seen::Again };
         let Some((version, holds)) = unheard.asked(thread) else { return Seen::Again };
-        if bear {
-            unheard.give_up();
-        }
+        let spoiled = bear && unheard.give_up();
         let settles = whole && holds && !unheard.may_unsettle();
-        if unheard.may_undo(Data { version, size }) {
+        let may_be_undone = unheard.may_undo(Data { version, size });
+        inode.spoil(spoiled);
+        if may_be_undone {
             return Seen::Again;
         }
         inode.hear(thread);
@@ -492,8 +501,9 @@ impl Known {
 
     /// Who is gone has taken in what it was told.
     pub(crate) fn hear_gone(&self, ino: u64, is_gone: impl Fn(u32) -> bool) {
-        if let Some(unheard) = self.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.unheard_mut()) {
-            unheard.hear_gone(is_gone);
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            let spoiled = inode.unheard_mut().is_some_and(|unheard| unheard.hear_gone(is_gone));
+            inode.spoil(spoiled);
         }
     }
 
@@ -536,7 +546,7 @@ impl Known {
         inode.hear(thread);
         inode.rest().unheard.begin_change();
         let believed = std::mem::take(&mut inode.attributes);
-        (Some(Changing { known: self, ino, thread, end: 0 }), believed)
+        (Some(Changing { known: self, ino, thread, reach: Reach::default() }), believed)
     }
 
     /// A thread of this node has changed attributes of which the kernel is told nothing by the answer. Returns what it must be told

@@ -9,8 +9,9 @@
 //!
 //! A thread that asks something else is done with what it was told before: it is *heard*. That the kernel has kept it is proved
 //! by that for directories, whose answers only an invalidation or another answer can make it lose. For files only asking the kernel
-//! proves it (`probe`), and then whoever is not heard yet may still *undo* it: with a forced answer of another version, or with a
-//! change that ended beyond where another node has cut the file since.
+//! proves it (`probe`), and then whoever is not heard yet may still *undo* it: with a forced answer of another version; with a
+//! change that ended beyond where another node has cut the file since; or with one that made zeros, which the kernel makes in its
+//! pages, too, when it takes the answer in, over what another node has written there since.
 //!
 //! Invariants:
 //! - The list is bounded. If anything falls off it that could still undo something, so may whoever is not on it.
@@ -36,8 +37,26 @@ pub(super) enum Kind {
     Asked { version: u64 },
     /// A file's attributes, which are taken in in any case.
     Forced { version: u64 },
-    /// That the data was changed, up to this end: if the kernel takes it for shorter than that, it corrects itself.
-    Change { end: u64 },
+    /// That the data was changed.
+    Change(Reach),
+}
+
+/// What the kernel does by itself when it takes in that data was changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// If it takes the file for shorter than this, it corrects itself.
+    pub(crate) end: u64,
+    /// It makes zeros in pages.
+    pub(crate) zeros: bool,
+}
+
+/// What follows from hearing of a thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Heard {
+    /// The kernel was told, of a directory, what still holds.
+    pub(super) settled: bool,
+    /// Pages may have been changed that were newer.
+    pub(super) spoiled: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +65,12 @@ struct Sent {
     kind: Kind,
     /// What was told was true then, and was not taken back since.
     holds: bool,
+}
+
+impl Sent {
+    fn spoils(&self) -> bool {
+        matches!(self.kind, Kind::Change(Reach { zeros: true, .. }))
+    }
 }
 
 /// Answers about one inode that may not have been taken in.
@@ -68,17 +93,17 @@ impl Unheard {
         self.sent.retain(|s| s.thread != thread);
         if self.sent.len() == UNHEARD_MAX {
             let oldest = self.sent.remove(0);
-            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. } | Kind::Change { .. });
+            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. } | Kind::Change(_));
         }
         self.sent.reserve_exact(1);
         self.sent.push(Sent { thread, kind, holds });
     }
 
-    /// A thread is here again. Returns whether the kernel has so been told, of a directory, what still holds.
-    pub(super) fn hear(&mut self, thread: u32) -> bool {
-        let Some(at) = self.sent.iter().position(|s| s.thread == thread) else { return false };
+    /// A thread is here again.
+    pub(super) fn hear(&mut self, thread: u32) -> Heard {
+        let Some(at) = self.sent.iter().position(|s| s.thread == thread) else { return Heard::default() };
         let was = self.sent.remove(at);
-        was.kind == Kind::Directory && was.holds
+        Heard { settled: was.kind == Kind::Directory && was.holds, spoiled: was.spoils() }
     }
 
     /// What was sent so far does not hold any more.
@@ -92,17 +117,17 @@ impl Unheard {
         self.changing = self.changing.saturating_add(1);
     }
 
-    /// A change has been made, up to this end; its thread will be told.
-    pub(super) fn reach(&mut self, thread: u32, end: u64) {
+    /// A change has been made; its thread will be told.
+    pub(super) fn reach(&mut self, thread: u32, reach: Reach) {
         if thread != 0 {
-            self.send(thread, Kind::Change { end }, false);
+            self.send(thread, Kind::Change(reach), false);
         }
     }
 
     /// A change ends: its thread is about to be told.
-    pub(super) fn end_change(&mut self, thread: u32, end: u64) {
+    pub(super) fn end_change(&mut self, thread: u32, reach: Reach) {
         self.changing = self.changing.saturating_sub(1);
-        self.reach(thread, end);
+        self.reach(thread, reach);
     }
 
     /// Whether a change is under way.
@@ -112,7 +137,7 @@ impl Unheard {
 
     /// Whether a change is under way, or who made one may not have taken in yet that it did.
     pub(super) fn is_changing(&self) -> bool {
-        self.changing > 0 || self.sent.iter().any(|s| matches!(s.kind, Kind::Change { .. }))
+        self.changing > 0 || self.sent.iter().any(|s| matches!(s.kind, Kind::Change(_)))
     }
 
     /// What a thread of ours was told when it asked: the version, and whether it still holds.
@@ -127,7 +152,7 @@ impl Unheard {
     pub(super) fn may_undo(&self, told: Data) -> bool {
         let undoes = |s: &Sent| match s.kind {
             Kind::Forced { version } => version != told.version,
-            Kind::Change { end } => end > told.size,
+            Kind::Change(Reach { end, zeros }) => zeros || end > told.size,
             Kind::Directory | Kind::Asked { .. } => false,
         };
         self.overflowed || self.sent.iter().any(undoes)
@@ -138,15 +163,19 @@ impl Unheard {
         self.overflowed || self.sent.iter().any(|s| matches!(s.kind, Kind::Forced { .. }) && !s.holds)
     }
 
-    /// Threads that are gone have taken in what they were told.
-    pub(super) fn hear_gone(&mut self, is_gone: impl Fn(u32) -> bool) {
+    /// Threads that are gone have taken in what they were told. Returns whether pages may have been spoiled.
+    pub(super) fn hear_gone(&mut self, is_gone: impl Fn(u32) -> bool) -> bool {
+        let spoiled = self.sent.iter().any(|s| s.spoils() && is_gone(s.thread));
         self.sent.retain(|s| !is_gone(s.thread));
+        spoiled
     }
 
-    /// What could undo something is taken for taken in, which it is by now unless its threads do not get to run.
-    pub(super) fn give_up(&mut self) {
-        self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. } | Kind::Change { .. }));
-        self.overflowed = false;
+    /// What could undo something is taken for taken in, which it is by now unless its threads do not get to run. Returns whether pages
+    /// may have been spoiled.
+    pub(super) fn give_up(&mut self) -> bool {
+        let spoiled = self.sent.iter().any(Sent::spoils);
+        self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. } | Kind::Change(_)));
+        spoiled || std::mem::take(&mut self.overflowed)
     }
 }
 
@@ -159,13 +188,13 @@ mod tests {
         let mut u = Unheard::default();
         u.send(1, Kind::Directory, true);
         u.send(2, Kind::Directory, false);
-        assert!(!u.hear(3) && u.hear(1) && !u.hear(1) && !u.hear(2));
+        assert!(!u.hear(3).settled && u.hear(1).settled && !u.hear(1).settled && !u.hear(2).settled);
         assert!(u.is_empty());
         u.send(1, Kind::Directory, true);
         u.revoke();
-        assert!(!u.hear(1));
+        assert!(!u.hear(1).settled);
         u.send(1, Kind::Asked { version: 1 }, true);
-        assert!(!u.hear(1), "of a file it proves nothing");
+        assert!(!u.hear(1).settled, "of a file it proves nothing");
     }
 
     #[test]
@@ -196,10 +225,24 @@ mod tests {
         let of = |size| Data { version: 7, size };
         let mut u = Unheard::default();
         u.begin_change();
-        u.end_change(1, 10);
+        u.end_change(1, Reach { end: 10, zeros: false });
         assert!(!u.may_undo(of(10)) && u.may_undo(of(9)));
-        u.hear(1);
+        assert!(!u.hear(1).spoiled);
         assert!(!u.may_undo(of(9)));
+    }
+
+    #[test]
+    fn zeros_spoil_pages_until_their_thread_is_heard() {
+        let of = Data { version: 7, size: 10 };
+        let zeros = Reach { end: 0, zeros: true };
+        let mut u = Unheard::default();
+        u.begin_change();
+        u.end_change(1, zeros);
+        assert!(u.may_undo(of) && u.hear(1).spoiled && !u.may_undo(of));
+        u.reach(1, zeros);
+        assert!(!u.hear_gone(|thread| thread == 2) && u.hear_gone(|thread| thread == 1));
+        u.reach(1, zeros);
+        assert!(u.give_up() && !u.give_up());
     }
 
     #[test]
@@ -224,7 +267,7 @@ mod tests {
         let mut u = Unheard::default();
         u.begin_change();
         assert!(u.is_under_change() && u.is_changing());
-        u.end_change(3, 0);
+        u.end_change(3, Reach::default());
         assert!(!u.is_under_change() && u.is_changing());
         u.hear(3);
         assert!(!u.is_changing() && u.is_empty());

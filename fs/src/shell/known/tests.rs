@@ -161,7 +161,7 @@ async fn who_changes_a_file_is_not_answered_while_the_kernel_is_asked_about_it()
     known.tell(known.begin(), 7, look_up(1, 1), TTL);
     let mut changing = known.change(7, 2).0.expect("it is known");
     assert!(!known.doubt(7, 1, data(1)), "it may be later than what is told");
-    changing.reach(20);
+    changing.reach(Reach { end: 20, zeros: false });
     assert!(known.doubt(7, 1, data(1)), "it ended beyond what is told: another node has cut the file since");
     let held = known.hold(7);
     let mut finish = Box::pin(changing.finish());
@@ -173,10 +173,28 @@ async fn who_changes_a_file_is_not_answered_while_the_kernel_is_asked_about_it()
     known.hear(7, 2);
     assert!(!known.doubt(7, 1, data(1)));
     // And so if the thread is gone.
-    known.change(7, 2).0.expect("it is known").reach(20);
+    known.change(7, 2).0.expect("it is known").reach(Reach { end: 20, zeros: false });
     assert!(known.doubt(7, 1, data(1)));
     known.hear_gone(7, |thread| thread == 2);
     assert!(!known.doubt(7, 1, data(1)));
+}
+
+#[test]
+fn zeros_that_the_kernel_makes_in_pages_may_be_over_what_another_node_wrote() {
+    let known = Known::new();
+    known.tell(known.begin(), 7, look_up(1, 1), TTL);
+    let mut changing = known.change(7, 2).0.expect("it is known");
+    changing.reach(Reach { end: 0, zeros: true });
+    drop(changing);
+    // Another node writes, and it is read here.
+    assert_eq!(ask(&known, 3, true), Seen::Again);
+    known.tell_pages(7, 1, 3);
+    known.hear(7, 2);
+    assert!(known.doubt(7, 1, data(3)));
+    assert_eq!(ask(&known, 3, true), Seen::Purge);
+    known.purged(7);
+    known.tell_pages(7, 1, 3);
+    assert!(!known.doubt(7, 1, data(3)));
 }
 
 fn poll(future: &mut (impl Future<Output = ()> + Unpin)) -> std::task::Poll<()> {
