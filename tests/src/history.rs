@@ -15,7 +15,9 @@
 //!   of the read, with zeros beyond its end, and the length one that the file had at some moment. The kernel takes no lock
 //!   against writers there, over any file system; other reads are one moment. For the same reason it may stop between two
 //!   pages, if the file was longer at one moment and shorter at another; and, over FUSE only, anywhere between the two beside a
-//!   write on the same node (the kernel takes the file to reach to where that ends, as soon as it is done).
+//!   write or `fallocate` on the same node (the kernel takes the file to reach to where that ends, as soon as it is done);
+//!   and, also over FUSE only, there may be zeros where such a call on the same node makes zeros (the kernel makes them in its pages,
+//!   too, after they were made, perhaps over what another node has written there).
 //! - A call that ended with an error that a fault excuses, or whose client died, happened or did not.
 //!
 //! What a crash takes back is a tail of what the last node that had the object did to it since it was last durable: fsync'd,
@@ -31,6 +33,7 @@ use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::hash::Hash;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What clients work on.
@@ -469,10 +472,25 @@ fn changes(r: &Record) -> bool {
     !looks && !matches!(r.outcome, Some(Err(error)) if error != errno::EIO && error != errno::ESTALE)
 }
 
-/// Whether a write on the same node was under way beside this.
+/// Whether something that can make the file longer was under way on the same node beside this.
 fn is_beside_write(r: &Record, records: &[Record]) -> bool {
+    let lengthens = |o: &Record| matches!(o.op, Op::Write { .. } | Op::Fallocate { .. });
+    records.iter().any(|o| lengthens(o) && is_beside(o, r))
+}
+
+/// Where the kernel of the same node may have made zeros in its pages beside this.
+fn zeros_beside(r: &Record, records: &[Record]) -> Vec<Range<u64>> {
+    let made = |o: &Record| match o.op {
+        Op::Fallocate { what: Fallocate::PunchHole | Fallocate::ZeroRange, offset, len, .. } => Some(offset..offset + len),
+        _ => None,
+    };
+    records.iter().filter(|o| is_beside(o, r)).filter_map(made).collect()
+}
+
+/// Whether both were under way on one node at some moment.
+fn is_beside(a: &Record, b: &Record) -> bool {
     let end = |r: &Record| r.ended.unwrap_or(u64::MAX);
-    records.iter().any(|o| matches!(o.op, Op::Write { .. }) && o.node == r.node && o.begun < end(r) && r.begun < end(o))
+    a.node == b.node && a.begun < end(b) && b.begun < end(a)
 }
 
 /// One moment.
@@ -503,8 +521,8 @@ enum What {
     Length { slot: u8, len: u64, wanted: u64 },
     /// The file is no shorter, or no longer, than this.
     Bound { slot: u8, len: u64, at_least: bool },
-    /// Bytes of a file, with zeros beyond its end.
-    Page { slot: u8, offset: u64, bytes: Vec<u8> },
+    /// Bytes of a file, with zeros beyond its end; or, in some ranges, zeros.
+    Page { slot: u8, offset: u64, bytes: Vec<u8>, zeros: Vec<Range<u64>> },
     /// The node may lose what is not durable.
     Loss,
 }
@@ -558,8 +576,11 @@ fn calls(key: usize, r: &Record, records: &[Record]) -> Vec<Call<Act>> {
                 lengths.extend([way(vec![bound(true), bound(false)]), way(vec![bound(false), bound(true)])]);
             }
             let pages = bytes.chunks(PAGE).enumerate();
-            let pages =
-                pages.map(|(n, page)| vec![way(vec![What::Page { slot, offset: (n * PAGE) as u64, bytes: page.to_vec() }])]);
+            let zeros = zeros_beside(r, records);
+            let pages = pages.map(|(n, page)| {
+                let (offset, bytes, zeros) = ((n * PAGE) as u64, page.to_vec(), zeros.clone());
+                vec![way(vec![What::Page { slot, offset, bytes, zeros }])]
+            });
             return std::iter::once(lengths).chain(pages).map(|ways| Call { begun, ended, must, ways }).collect();
         }
         _ => {}
@@ -679,11 +700,13 @@ impl Posix {
                 let fits = |size: u64| if *at_least { size >= *len } else { size <= *len };
                 matches!(right, Ok(Reply::Stat(stat)) if fits(stat.size))
             }
-            What::Page { slot, offset, bytes } => {
+            What::Page { slot, offset, bytes, zeros } => {
                 let read = Op::Read { slot: *slot, offset: *offset, len: bytes.len() as u32 };
                 let Ok(Reply::Bytes(mut right)) = state.oracle.run(act.client, &read) else { return false };
                 right.resize(bytes.len(), 0);
-                right == *bytes
+                let may_be_zero = |at: u64| zeros.iter().any(|range| range.contains(&at));
+                let mut pairs = (*offset..).zip(right.iter().zip(bytes));
+                pairs.all(|(at, (right, got))| right == got || *got == 0 && may_be_zero(at))
             }
             What::Loss => true,
         }
