@@ -224,7 +224,7 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
 
 #[tokio::test]
 async fn a_name_that_exists_is_told_of_before_the_file_that_is_gone() {
-    let f = fixture(&[1]).await;
+    let f = fixture(&[1000]).await;
     let gone = f.file(b"a").await;
     f.fs.make(&ROOT, f.fs.root(), b"b", NewNode::Directory, 0o755).await.unwrap();
     f.fs.open(gone, OpenFlags::default()).await.unwrap();

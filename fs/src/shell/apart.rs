@@ -6,15 +6,17 @@
 //! descriptors of its own, and in it one of /dev/fuse through which nothing is ever read (`FUSE_DEV_IOC_CLONE`).
 //!
 //! Invariants:
-//! - The thread shares no descriptor of /dev/fuse with anybody. All others are copies: no owned descriptor may be sent to it or
-//!   from it.
+//! - The thread has no other descriptor of a device, nor one of a socket: what its process closes is closed.
+//! - All others are copies (files that were open when it began stay so): no owned descriptor may be sent to it or from it.
+//! - It handles no signals, for which the runtime has a socket.
 
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::SigSet;
 use nix::sys::stat::Mode;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
 
 const FUSE: &str = "/dev/fuse";
 
@@ -28,15 +30,19 @@ mod ioctl {
 /// # Errors
 /// The kernel does not allow it. The thread may be apart then, but has what it had.
 pub(super) fn set_apart(device: RawFd) -> io::Result<OwnedFd> {
+    SigSet::all().thread_block()?;
     unshare(CloneFlags::CLONE_FILES)?;
     let own = open(FUSE, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut of = u32::try_from(device).map_err(io::Error::other)?;
     // SAFETY: both descriptors are open, and the kernel only reads the number.
     unsafe { ioctl::clone(own.as_raw_fd(), &raw mut of) }?;
-    let is_fuse = |fd: RawFd| std::fs::read_link(format!("/proc/thread-self/fd/{fd}")).is_ok_and(|to| to == Path::new(FUSE));
+    let is_others = |fd: RawFd| {
+        let to = std::fs::read_link(format!("/proc/thread-self/fd/{fd}")).unwrap_or_default();
+        fd > 2 && fd != own.as_raw_fd() && (to.starts_with("/dev") || to.as_os_str().as_bytes().starts_with(b"socket:"))
+    };
     let numbers =
         std::fs::read_dir("/proc/thread-self/fd")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let shared: Vec<RawFd> = numbers.filter(|fd| *fd != own.as_raw_fd() && is_fuse(*fd)).collect();
+    let shared: Vec<RawFd> = numbers.filter(|fd| is_others(*fd)).collect();
     for fd in shared {
         // SAFETY: the table is this thread's alone, which has nothing that owns this number: what does lives in others, with theirs.
         drop(unsafe { OwnedFd::from_raw_fd(fd) });

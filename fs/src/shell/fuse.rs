@@ -10,7 +10,7 @@
 //!   pages written through a shared mapping.
 //! - Whatever the kernel is let believe is in `Known` first, so that it can be taken back.
 //!
-//! Excludes: errno for an error (`errno`), what the kernel believes (`known`), notifications (`notify`).
+//! Excludes: errno for an error (`translate`), what the kernel believes (`known`), notifications (`notify`).
 
 use super::front::{Front, is_list};
 use super::handles;
@@ -233,7 +233,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 if is_ours {
                     ttl = Duration::ZERO;
                 } else if anew || front.known.doubt(ino.0, caller.pid, told) {
-                    // No page lock is held by a GETATTR, and no token by this operation any more: waiting here harms nobody.
+                    // No page lock is held by a GETATTR, and no token by this operation any more; who asks needs no other lock.
                     let renewed = front.notify.renew(ino.0, told, anew, handle.is_some()).await;
                     if renewed.is_err() && handle.is_some() {
                         // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program

@@ -11,7 +11,8 @@
 //! - A file's attributes are believed only while its pages are as new as they are, and nobody on this node changes its data.
 //! - A `read()` through the page cache goes on only when the kernel was seen to have the size that goes with its answer, and has no
 //!   older pages; else it is *doubtful*, and waits until the kernel was made to (`notify`). Opening a file, for which the kernel
-//!   checks its mode, waits in the same way until it was seen to have that.
+//!   checks its mode, waits in the same way until it was seen to have that; and so, since it cannot be told from these, does
+//!   whoever asks for a file's attributes.
 //!
 //! Why replies need no lock: the kernel notes its attribute version when it *sends* LOOKUP, GETATTR and
 //! READDIRPLUS, and drops from the answer what an invalidation has overtaken. It does not do so for SETATTR, CREATE, MKDIR
@@ -43,6 +44,8 @@ use tokio::time::Instant;
 const SHARDS: usize = 64;
 /// Who asked about an inode will ask again within this time, or has stopped doing so.
 const ASKS_AGAIN: Duration = Duration::from_secs(2);
+/// How long the answer to a change is held back for the sake of who asks the kernel.
+const HELD_MAX: Duration = Duration::from_millis(10);
 /// Until requests that are under way may have been answered.
 const BUSY: Duration = Duration::from_millis(3);
 
@@ -152,16 +155,24 @@ impl Changing<'_> {
         }
     }
 
-    /// It is done, but for the answer. Waits while the kernel is being asked about the file: each end of a change makes it lose what
-    /// it is told. Who asks needs no lock that a change holds in the kernel, nor a token that this one still has.
+    /// It is done, but for the answer. Waits while the kernel is being asked about the file, for a moment: each end of a change makes
+    /// it lose what it is told. Who asks needs no lock that a change holds in the kernel, nor a token that this one still has; but it
+    /// may wait for a token itself, and for the size to be set.
     pub(crate) async fn finish(self) {
-        loop {
-            let answered = self.known.answered.notified();
-            if !self.known.is_asked(self.ino) {
-                return;
-            }
-            answered.await;
+        if !self.known.is_asked(self.ino) {
+            return;
         }
+        let asked = async {
+            loop {
+                let answered = self.known.answered.notified();
+                if !self.known.is_asked(self.ino) {
+                    return;
+                }
+                answered.await;
+            }
+        };
+        // Who is disturbed asks again.
+        let _ = tokio::time::timeout(HELD_MAX, asked).await;
     }
 }
 
@@ -231,11 +242,16 @@ impl Inode {
         }
         let Some(rest) = &mut self.rest else { return };
         let heard = rest.unheard.hear(thread);
-        if rest.is_empty() {
-            self.rest = None;
-        }
         self.settled |= heard.settled;
         self.spoil(heard.spoiled);
+        self.tidy();
+    }
+
+    /// Gives back what is not needed any more.
+    fn tidy(&mut self) {
+        if self.rest.as_ref().is_some_and(|rest| rest.is_empty()) {
+            self.rest = None;
+        }
     }
 
     /// Whatever pages it has may be of no version.
@@ -316,8 +332,10 @@ pub(crate) struct Held<'a>(&'a Known, u64);
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let Held(known, ino) = *self;
-        if let Some(rest) = known.shard(ino).lock().get_mut(&ino).and_then(|inode| inode.rest.as_mut()) {
-            rest.asked = rest.asked.saturating_sub(1);
+        if let Some(inode) = known.shard(ino).lock().get_mut(&ino) {
+            let asked = &mut inode.rest().asked;
+            *asked = asked.saturating_sub(1);
+            inode.tidy();
         }
         known.answered.notify_waiters();
     }
@@ -330,8 +348,10 @@ pub(crate) struct Looking<'a>(&'a Known, u64);
 impl Drop for Looking<'_> {
     fn drop(&mut self) {
         let Looking(known, directory) = *self;
-        if let Some(rest) = known.shard(directory).lock().get_mut(&directory).and_then(|inode| inode.rest.as_mut()) {
-            rest.looking = rest.looking.saturating_sub(1);
+        if let Some(inode) = known.shard(directory).lock().get_mut(&directory) {
+            let looking = &mut inode.rest().looking;
+            *looking = looking.saturating_sub(1);
+            inode.tidy();
         }
     }
 }
@@ -483,8 +503,8 @@ impl Known {
         let Some(unheard) = inode.unheard_mut() else { return Seen::Again };
         let Some((version, holds)) = unheard.asked(thread) else { return Seen::Again };
         let spoiled = bear && unheard.give_up();
-        let settles = whole && holds && !unheard.may_unsettle();
-        let may_be_undone = unheard.may_undo(Data { version, size });
+        let settles = whole && holds;
+        let may_be_undone = unheard.may_undo(Data { version, size }) || settles && unheard.may_unsettle();
         inode.spoil(spoiled);
         if may_be_undone {
             return Seen::Again;
@@ -504,6 +524,7 @@ impl Known {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
             let spoiled = inode.unheard_mut().is_some_and(|unheard| unheard.hear_gone(is_gone));
             inode.spoil(spoiled);
+            inode.tidy();
         }
     }
 
@@ -581,12 +602,12 @@ impl Known {
     }
 
     /// To be held while a name is looked up in a directory.
-    pub(crate) fn look_in(&self, directory: u64) -> Looking<'_> {
-        if let Some(inode) = self.shard(directory).lock().get_mut(&directory) {
-            let looking = &mut inode.rest().looking;
-            *looking = looking.saturating_add(1);
-        }
-        Looking(self, directory)
+    /// `None`: the kernel was told nothing of it yet.
+    pub(crate) fn look_in(&self, directory: u64) -> Option<Looking<'_>> {
+        let mut shard = self.shard(directory).lock();
+        let looking = &mut shard.get_mut(&directory)?.rest().looking;
+        *looking = looking.saturating_add(1);
+        Some(Looking(self, directory))
     }
 
     /// Whether a name is just being looked up in a directory. Then a thread that is sent a listing may have to wait, in the midst of

@@ -336,6 +336,12 @@ impl Lane {
     }
 
     fn renew(&self, renewal: Renewal) -> Result<bool, Unseen> {
+        let renewed = self.ask(renewal);
+        self.known.hear(renewal.ino, self.thread);
+        renewed
+    }
+
+    fn ask(&self, renewal: Renewal) -> Result<bool, Unseen> {
         let Renewal { ino, told, anew, whole, patient, equal } = renewal;
         let held = self.known.hold(ino);
         for _ in 0..ASKED_MAX {

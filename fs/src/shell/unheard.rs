@@ -5,7 +5,7 @@
 //!   of the same inode meanwhile, or while a thread sets the file's size, which the kernel begins to do before it tells us
 //!   (`fc->attr_version`, `FUSE_I_SIZE_UNSTABLE`);
 //! - a *forced* one (SETATTR, LINK, CREATE) is taken in even if the kernel has taken in something newer;
-//! - a *change* of data (WRITE, `fallocate`, opening with `O_TRUNC`) has no attributes in its answer, and makes others lose theirs.
+//! - a *change* of data (WRITE, `fallocate`, `copy_file_range`) has no attributes in its answer, and makes others lose theirs.
 //!
 //! A thread that asks something else is done with what it was told before: it is *heard*. That the kernel has kept it is proved
 //! by that for directories, whose answers only an invalidation or another answer can make it lose. For files only asking the kernel
@@ -50,6 +50,16 @@ pub(crate) struct Reach {
     pub(crate) zeros: bool,
 }
 
+impl Reach {
+    fn and(self, other: Reach) -> Reach {
+        Reach { end: self.end.max(other.end), zeros: self.zeros || other.zeros }
+    }
+
+    fn undoes(self, size: u64) -> bool {
+        self.zeros || self.end > size
+    }
+}
+
 /// What follows from hearing of a thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Heard {
@@ -79,21 +89,26 @@ pub(super) struct Unheard {
     sent: Vec<Sent>,
     /// Changes under way.
     changing: u16,
-    /// Something that could undo another fell off the list.
+    /// A forced answer fell off the list.
     overflowed: bool,
+    /// What changes that fell off it do together.
+    lost: Reach,
 }
 
 impl Unheard {
     pub(super) fn is_empty(&self) -> bool {
-        self.sent.is_empty() && self.changing == 0 && !self.overflowed
+        self.sent.is_empty() && self.changing == 0 && !self.overflowed && self.lost == Reach::default()
     }
 
     /// A thread is about to be sent this. `holds`: it is true now.
     pub(super) fn send(&mut self, thread: u32, kind: Kind, holds: bool) {
         self.sent.retain(|s| s.thread != thread);
         if self.sent.len() == UNHEARD_MAX {
-            let oldest = self.sent.remove(0);
-            self.overflowed |= matches!(oldest.kind, Kind::Forced { .. } | Kind::Change(_));
+            match self.sent.remove(0).kind {
+                Kind::Forced { .. } => self.overflowed = true,
+                Kind::Change(reach) => self.lost = self.lost.and(reach),
+                Kind::Directory | Kind::Asked { .. } => {}
+            }
         }
         self.sent.reserve_exact(1);
         self.sent.push(Sent { thread, kind, holds });
@@ -152,10 +167,10 @@ impl Unheard {
     pub(super) fn may_undo(&self, told: Data) -> bool {
         let undoes = |s: &Sent| match s.kind {
             Kind::Forced { version } => version != told.version,
-            Kind::Change(Reach { end, zeros }) => zeros || end > told.size,
+            Kind::Change(reach) => reach.undoes(told.size),
             Kind::Directory | Kind::Asked { .. } => false,
         };
-        self.overflowed || self.sent.iter().any(undoes)
+        self.overflowed || self.lost.undoes(told.size) || self.sent.iter().any(undoes)
     }
 
     /// Whether somebody may still make the kernel take in what does not hold any more.
@@ -170,12 +185,13 @@ impl Unheard {
         spoiled
     }
 
-    /// What could undo something is taken for taken in, which it is by now unless its threads do not get to run. Returns whether pages
-    /// may have been spoiled.
+    /// What could undo something is taken for taken in: its threads are there and do other things, or do not get to run. Returns
+    /// whether pages may have been spoiled.
     pub(super) fn give_up(&mut self) -> bool {
-        let spoiled = self.sent.iter().any(Sent::spoils);
+        let spoiled = self.lost.zeros || self.sent.iter().any(Sent::spoils);
         self.sent.retain(|s| !matches!(s.kind, Kind::Forced { .. } | Kind::Change(_)));
-        spoiled || std::mem::take(&mut self.overflowed)
+        (self.overflowed, self.lost) = (false, Reach::default());
+        spoiled
     }
 }
 
@@ -258,8 +274,13 @@ mod tests {
         u.send(20, Kind::Directory, false);
         u.send(21, Kind::Directory, false);
         assert!(u.may_undo(of) && u.may_unsettle());
-        u.give_up();
-        assert!(!u.may_undo(of));
+        assert!(!u.give_up() && !u.may_undo(of));
+        // Of many who write, those within the file undo nothing.
+        let write = |u: &mut Unheard, end| (1..=20).for_each(|thread| u.reach(thread, Reach { end, zeros: false }));
+        write(&mut u, 10);
+        assert!(!u.may_undo(of) && u.may_undo(Data { size: 9, ..of }));
+        write(&mut u, 11);
+        assert!(u.may_undo(of) && !u.give_up());
     }
 
     #[test]

@@ -84,6 +84,13 @@ fn a_forced_answer_keeps_what_is_newer_in_doubt_until_its_thread_is_heard() {
     assert!(known.doubt(7, 1, data(3)));
     known.tell(known.begin(), 7, Answer { how: How::Ours, ..answer(9, 3) }, Duration::ZERO);
     assert_eq!(known.took_in(7, 9, 10, true, true), Seen::Done, "borne with");
+    // Of the same version, but the mode is another by now.
+    known.tell(known.begin(), 7, Answer { how: How::Forced, ..answer(3, 3) }, Duration::ZERO);
+    known.revoke(7);
+    assert_eq!(ask(&known, 3, true), Seen::Again);
+    known.hear_gone(7, |thread| thread == 3);
+    assert_eq!(ask(&known, 3, true), Seen::Done);
+    assert!(!known.doubt(7, 1, data(3)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -270,6 +277,7 @@ fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
 fn a_directory_is_looked_in_while_a_name_is_looked_up() {
     let known = Known::new();
     known.tell(known.begin(), 1, Answer { version: None, ..look_up(0, 0) }, TTL);
+    assert!(known.look_in(2).is_none());
     let (one, other) = (known.look_in(1), known.look_in(1));
     drop(one);
     known.hear(1, 5);
