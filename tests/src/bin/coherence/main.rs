@@ -70,7 +70,7 @@ const THOROUGH: u32 = 32;
 const HELD_UP: Duration = Duration::from_millis(80);
 
 /// Of so many rounds one may be held up: else the machine is too busy to prove anything.
-const HELD_UP_SHARE: u64 = 10;
+const HELD_UP_SHARE: u64 = 2;
 
 /// Cells in which something is promised, and the change makes a difference to the look.
 const PROMISED: usize = 468;
