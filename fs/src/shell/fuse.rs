@@ -110,6 +110,13 @@ fn reach(changing: &mut Option<Changing<'_>>, reach: Reach) {
     }
 }
 
+/// Its caller is about to be answered.
+async fn finish(changing: Option<Changing<'_>>) {
+    if let Some(changing) = changing {
+        changing.finish().await;
+    }
+}
+
 /// Inodes that were looked up for an answer; unless it is sent they are not.
 struct LookedUp<'a> {
     known: &'a Known,
@@ -475,9 +482,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
             };
             let result = result.await;
-            if let Some(changing) = changing {
-                changing.finish().await;
-            }
+            finish(changing).await;
             match result {
                 Ok(()) => reply.written(length),
                 Err(error) => reply.error(errno(&error)),
@@ -801,9 +806,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 if handles::is_synchronous(handle) { front.sync(node, handle, false).await } else { Ok(()) }
             };
             let result = result.await;
-            if let Some(changing) = changing {
-                changing.finish().await;
-            }
+            finish(changing).await;
             empty(result, reply);
         });
     }
@@ -857,9 +860,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 Ok::<u64, FsError>(copied)
             };
             let result = result.await;
-            if let Some(changing) = changing {
-                changing.finish().await;
-            }
+            finish(changing).await;
             match result {
                 Ok(copied) => reply.written(u32::try_from(copied).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),

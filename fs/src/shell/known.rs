@@ -4,8 +4,8 @@
 //! strength of a token, which version of its data it was seen to have, and how old its pages may be.
 //!
 //! Invariants:
-//! - `attributes` (`Names::told_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by a
-//!   revocation, which then tells the kernel (or waits). So a revocation never misses a reply.
+//! - `attributes` (`Names::told_at`) is set before a reply that lets the kernel believe something leaves, and cleared only by
+//!   what then tells the kernel (or waits). So a revocation never misses a reply.
 //! - An operation that began before an inode was last revoked answers with a lifetime of zero: its token may be gone.
 //! - An inode that was revoked is believed again only once the kernel has surely taken in an answer since (`settled`).
 //! - A file's attributes are believed only while its pages are as new as they are, and nobody on this node changes its data.
@@ -332,11 +332,7 @@ pub(crate) struct Held<'a>(&'a Known, u64);
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let Held(known, ino) = *self;
-        if let Some(inode) = known.shard(ino).lock().get_mut(&ino) {
-            let asked = &mut inode.rest().asked;
-            *asked = asked.saturating_sub(1);
-            inode.tidy();
-        }
+        known.lower(ino, |rest| rest.asked = rest.asked.saturating_sub(1));
         known.answered.notify_waiters();
     }
 }
@@ -348,11 +344,7 @@ pub(crate) struct Looking<'a>(&'a Known, u64);
 impl Drop for Looking<'_> {
     fn drop(&mut self) {
         let Looking(known, directory) = *self;
-        if let Some(inode) = known.shard(directory).lock().get_mut(&directory) {
-            let looking = &mut inode.rest().looking;
-            *looking = looking.saturating_sub(1);
-            inode.tidy();
-        }
+        known.lower(directory, |rest| rest.looking = rest.looking.saturating_sub(1));
     }
 }
 
@@ -404,6 +396,14 @@ impl Known {
 
     fn shard(&self, ino: u64) -> &Mutex<Shard> {
         &self.shards[spread(ino, SHARDS)]
+    }
+
+    /// Something that was counted is over; nothing, if the kernel has forgotten the inode since.
+    fn lower(&self, ino: u64, count: impl FnOnce(&mut Rest)) {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.rest.as_deref_mut().map(count);
+            inode.tidy();
+        }
     }
 
     fn stamp(&self) -> Stamp {

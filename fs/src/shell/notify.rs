@@ -40,8 +40,8 @@ const LANES: usize = 16;
 const ASKED_MAX: usize = 3;
 /// Pause between two such rows, in which others have their turn. Nothing tells when the kernel has set a size.
 const ASK_AGAIN: Duration = Duration::from_millis(1);
-/// Rows after which it need only have the size, and others may lose their answers: who writes all the time makes it lose nearly
-/// all of them.
+/// Rows after which it need only have the size, and after which it is borne with that somebody who does not get to run may still
+/// undo it.
 const PATIENT_MAX: usize = 3;
 /// Rows after which a larger size will do, if the file is being changed: it may be that of a write that has just ended. Before, it
 /// is more likely one that another node has cut.
@@ -84,7 +84,7 @@ impl Device {
 
     /// Makes the kernel ask for the attributes anew. Never waits. Returns whether the kernel has the inode.
     pub(crate) fn forget_attributes(&self, ino: u64) -> io::Result<bool> {
-        known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, -1i64 as u64, 0]))
+        has_inode(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, -1i64 as u64, 0]))
     }
 
     /// Whether requests wait in the kernel's queue.
@@ -94,11 +94,11 @@ impl Device {
 
     /// Drops all pages (and attributes). Waits for requests that hold pages.
     fn purge_pages(&self, ino: u64) -> io::Result<bool> {
-        known(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, 0, 0]))
+        has_inode(self.send(FUSE_NOTIFY_INVAL_INODE, &[ino, 0, 0]))
     }
 }
 
-fn known(result: io::Result<()>) -> io::Result<bool> {
+fn has_inode(result: io::Result<()>) -> io::Result<bool> {
     match result {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -115,7 +115,7 @@ struct Renewal {
     anew: bool,
     /// All of it, not just the size.
     whole: bool,
-    /// Others are not to lose their answers.
+    /// That others may still undo it is not borne with.
     patient: bool,
     /// A larger size will not do.
     equal: bool,
@@ -162,19 +162,23 @@ impl Notify {
             let (ready, started) = std::sync::mpsc::channel();
             let (fd, known, probe, threads) = (device.0.as_raw_fd(), known.clone(), probe.clone(), threads.clone());
             std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-                let own = set_apart(fd);
                 let thread = gettid().as_raw() as u32;
                 if let Some(number) = number {
                     threads[number].store(thread, Ordering::SeqCst);
                 }
-                let _ = ready.send(own.as_ref().map(drop).map_err(io::Error::kind));
-                if let Ok(own) = own {
-                    Lane { device: Device::new(own), known, probe, thread }.run(jobs);
+                match set_apart(fd) {
+                    Ok(own) => {
+                        let _ = ready.send(Ok(()));
+                        Lane { device: Device::new(own), known, probe, thread }.run(jobs);
+                    }
+                    Err(error) => _ = ready.send(Err(error)),
                 }
             })?;
             // Until then it needs the descriptor.
-            let started = started.recv().map_err(io::Error::other)?;
-            started.map_err(|kind| io::Error::new(kind, "cannot make a thread that asks the kernel"))?;
+            started.recv().map_err(io::Error::other)?.map_err(|error| {
+                let what = "no thread can ask the kernel (the daemon itself must be able to open /dev/fuse)";
+                io::Error::new(error.kind(), format!("{what}: {error}"))
+            })?;
             Ok::<_, io::Error>(sender)
         };
         let urgent = (0..LANES).map(|n| lane(&format!("pulsar-purge-{n}"), Some(n))).collect::<io::Result<_>>()?;

@@ -362,18 +362,18 @@ impl<D: Disk> Peer for Front<D> {
     }
 
     fn distrust(&self) -> Duration {
-        let mut names = Duration::ZERO;
+        let mut wait = Duration::ZERO;
         for (ino, forgotten) in self.known.revoke_all() {
-            names = names.max(forgotten.names);
+            wait = wait.max(forgotten.names);
             if forgotten.attributes {
                 let known = self.known.clone();
-                self.notify.forget_attributes(ino, move || known.contains(ino));
+                wait = wait.max(self.notify.forget_attributes(ino, move || known.contains(ino)));
             }
             if forgotten.pages {
                 self.notify.refresh(vec![(ino, forgotten.revocation)]);
             }
         }
-        names
+        wait
     }
 }
 
