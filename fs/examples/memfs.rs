@@ -34,7 +34,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("ready");
     tokio::select! {
         biased;
-        () = async { for handle in &handles { handle.ended().await } } => {}
+        () = async { for handle in &handles { handle.ended().await; } } => {}
         _ = tokio::signal::ctrl_c() => for handle in &handles { handle.unmount(Unmount::Lazy)? },
     }
     for handle in handles {

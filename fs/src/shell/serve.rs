@@ -149,6 +149,7 @@ impl<D: Disk> Server<D> {
         config.clone_fd = true;
 
         let directory = options.directory.clone();
+        let mounted_on = directory.clone();
         let thread = std::thread::Builder::new().name("pulsar-fuse".to_owned()).spawn(move || {
             let result = Session::from_fd(Fuse(front.clone()), fuse, SessionACL::All, config).and_then(|session| {
                 state.send_replace(State::Ready);
@@ -164,6 +165,10 @@ impl<D: Disk> Server<D> {
             });
             if let Err(error) = &result {
                 tracing::warn!(%error, "the mount's session failed");
+                // Nobody will answer. The kernel does not know: threads that it lets wait have its device open, too (`apart`).
+                if let Some(Err(error)) = mounted_on.map(|directory| mount::unmount(&directory, Unmount::Abort)) {
+                    tracing::warn!(%error, "cannot unmount what nobody serves any more");
+                }
             }
             stop.send_replace(true);
             state.send_replace(State::Ended(result.as_ref().err().map(ToString::to_string)));
@@ -253,10 +258,14 @@ impl MountHandle {
         }
     }
 
-    /// Waits until the mount is gone: unmounted, aborted, or failed.
-    pub async fn ended(&self) {
+    /// Waits until the mount is gone. Returns why, if it was not unmounted or aborted, but could not be served any more.
+    pub async fn ended(&self) -> Option<String> {
         let mut states = self.states.clone();
-        let _ = states.wait_for(|s| matches!(s, State::Ended(_))).await;
+        match states.wait_for(|s| matches!(s, State::Ended(_))).await.as_deref() {
+            Ok(State::Ended(reason)) => reason.clone(),
+            Ok(_) => None,
+            Err(_) => Some("the mount's thread is gone".to_owned()),
+        }
     }
 
     /// Whether the mount is gone.

@@ -137,7 +137,7 @@ impl Mounts {
         self.events().add(Kind::Mount, false, format!("{fs} is mounted on {}", dir.display()));
         let this = Arc::downgrade(self);
         tokio::spawn(async move {
-            handle.ended().await;
+            let failure = handle.ended().await;
             let Some(this) = this.upgrade() else { return };
             let gone = {
                 let mut state = this.state.lock();
@@ -145,7 +145,12 @@ impl Mounts {
             };
             if let Some((mounted, _)) = gone {
                 this.remember();
-                this.events().add(Kind::Mount, false, format!("{} is unmounted from {}", mounted.fs, mounted.dir.display()));
+                let (fs, dir) = (&mounted.fs, mounted.dir.display());
+                let text = match &failure {
+                    None => format!("{fs} is unmounted from {dir}"),
+                    Some(why) => format!("{fs} could not be served any more on {dir} and is unmounted: {why}; mount it again"),
+                };
+                this.events().add(Kind::Mount, failure.is_some(), text);
             }
         });
         Ok(())

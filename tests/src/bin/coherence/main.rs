@@ -67,7 +67,7 @@ const THOROUGH: u32 = 32;
 
 /// Names are believed for a time that begins when the looking thread takes an answer in. If the machine is so busy that this
 /// may have been so much later than the answer was sent the promise ends (docs/semantics.md), and a round counts apart.
-const HELD_UP: Duration = Duration::from_millis(80);
+const HELD_UP: Duration = Duration::from_millis(200);
 
 /// Of so many rounds one may be held up: else the machine is too busy to prove anything.
 const HELD_UP_SHARE: u64 = 2;
