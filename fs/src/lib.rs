@@ -24,6 +24,6 @@ pub use format::{ExtentRecord, Superblock, Time};
 pub use inode::{Attributes, Body, FileKind, Ino, Inode, Parent};
 pub use ops::{
     AccessPolicy, AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes,
-    StatFs,
+    SetTime, StatFs,
 };
 pub use transaction::{Source, Transaction};

@@ -162,7 +162,7 @@ mod tests {
     use super::*;
     use crate::ops::data::{At, Payload};
     use crate::ops::testing::fixture;
-    use crate::{Caller, NewNode, SetAttributes};
+    use crate::{Caller, NewNode, SetAttributes, SetTime};
 
     fn at(seconds: i64) -> Time {
         Time { seconds, nanos: 0 }
@@ -229,7 +229,7 @@ mod tests {
                 let mut seen = [false; 2];
                 for (seen, ino) in seen.iter_mut().zip([file, root]) {
                     // Every read is due.
-                    let long_ago = SetAttributes { atime: Some(at(1)), ..SetAttributes::default() };
+                    let long_ago = SetAttributes { atime: Some(SetTime::To(at(1))), ..SetAttributes::default() };
                     fs.set_attributes(&Caller::default(), ino, long_ago).await.unwrap();
                     if ino == file {
                         drop(fs.read(ino, 0, 10).await.unwrap());
@@ -266,7 +266,7 @@ mod tests {
         let shared = f.fs.tokens(&[(file.object(), Mode::Shared)]).await.unwrap();
         f.fs.read(file, 0, 10).await.unwrap();
         drop(shared);
-        let time = Some(Time { seconds: 1 << 40, nanos: 0 });
+        let time = Some(SetTime::To(at(1 << 40)));
         f.fs.set_attributes(&Caller::default(), file, SetAttributes { atime: time, ..SetAttributes::default() }).await.unwrap();
         assert_eq!(f.fs.set_access_times().await, []);
     }

@@ -4,10 +4,28 @@ use super::data::{Terms, later};
 use super::{FileSystem, Locks, xattr};
 use crate::error::{FsError, Result};
 use crate::format::Time;
-use crate::inode::{Attributes, FileKind, HAS_CAPABILITY, Ino};
+use crate::inode::{Attributes, FileKind, HAS_CAPABILITY, Ino, Inode};
 use crate::ops::Caller;
 use nix::libc;
 use sld::{After, Disk, Mode};
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetTime {
+    /// That of the change itself.
+    Now,
+    /// This one, whatever it is.
+    To(Time),
+}
+
+impl SetTime {
+    fn at(self, now: Time) -> Time {
+        match self {
+            SetTime::Now => now,
+            SetTime::To(time) => time,
+        }
+    }
+}
 
 /// What to change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,13 +39,26 @@ pub struct SetAttributes {
     /// Size of a regular file.
     pub size: Option<u64>,
     /// Last access.
-    pub atime: Option<Time>,
+    pub atime: Option<SetTime>,
     /// Last change of the data.
-    pub mtime: Option<Time>,
+    pub mtime: Option<SetTime>,
     /// Last change of the inode; now, if it is not given.
     pub ctime: Option<Time>,
     /// Takes set-user-id and set-group-id away, as a change of the data by an ordinary user does.
     pub kill: bool,
+}
+
+/// The one time of a change. Whatever it sets to now is set to the same time, which is later than what was there: another
+/// node's clock may have been ahead.
+fn time_of_change(now: Time, set: &SetAttributes, inode: &Inode) -> Time {
+    let mut time = later(now, inode.ctime);
+    if set.mtime == Some(SetTime::Now) || set.atime == Some(SetTime::Now) {
+        time = later(time, inode.mtime);
+    }
+    if set.atime == Some(SetTime::Now) {
+        time = later(time, inode.atime);
+    }
+    time
 }
 
 /// Says, from what an inode is with its token in hand, what of a change may be done.
@@ -109,9 +140,10 @@ impl<D: Disk> FileSystem<D> {
             inode.mode = inode.mode & libc::S_IFMT | mode & 0o7777;
             changed.push(xattr::follow_mode(&mut work.tx, inode).await?);
         }
-        inode.atime = set.atime.unwrap_or(inode.atime);
-        inode.mtime = set.mtime.unwrap_or(inode.mtime);
-        inode.ctime = set.ctime.unwrap_or_else(|| later(now, inode.ctime));
+        let time = time_of_change(now, &set, inode);
+        inode.atime = set.atime.map_or(inode.atime, |to| to.at(time));
+        inode.mtime = set.mtime.map_or(inode.mtime, |to| to.at(time));
+        inode.ctime = set.ctime.unwrap_or(time);
         let attributes = inode.attributes();
         let after: Vec<After> = changed.iter().flat_map(|changed| changed.after.iter().copied()).collect();
         let written = After::Write(inode.write(&mut work.tx, &after));
@@ -120,5 +152,48 @@ impl<D: Disk> FileSystem<D> {
         }
         work.commit()?;
         Ok(attributes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::fixture;
+
+    fn at(seconds: i64) -> Time {
+        Time { seconds, nanos: 0 }
+    }
+
+    #[tokio::test]
+    async fn what_is_set_to_now_gets_one_time_and_none_goes_back() {
+        let f = fixture(&[1000]).await;
+        let file = f.file(b"f").await;
+        let touch = SetAttributes { atime: Some(SetTime::Now), mtime: Some(SetTime::Now), ..SetAttributes::default() };
+        let now = f.fs.now().seconds;
+        // What is there was timed by this clock, or by others that are ahead of it.
+        for (atime, mtime, ctime) in [(1, 1, 1), (now, now, now + 20), (now, now + 30, now), (now + 40, now + 20, now)] {
+            let before = SetAttributes {
+                atime: Some(SetTime::To(at(atime))),
+                mtime: Some(SetTime::To(at(mtime))),
+                ctime: Some(at(ctime)),
+                ..SetAttributes::default()
+            };
+            f.fs.set_attributes(&Caller::default(), file, before).await.unwrap();
+            let after = f.fs.set_attributes(&Caller::default(), file, touch).await.unwrap();
+            assert_eq!((after.atime, after.mtime), (after.ctime, after.ctime));
+            assert!(after.ctime > at(atime.max(mtime).max(ctime)), "{after:?}");
+            // Only what is set counts: an access that was timed ahead does not move a change of the mode ahead.
+            f.fs.set_attributes(&Caller::default(), file, before).await.unwrap();
+            let change = SetAttributes { mode: Some(0o600), ..SetAttributes::default() };
+            let after = f.fs.set_attributes(&Caller::default(), file, change).await.unwrap();
+            assert_eq!((after.atime, after.mtime), (at(atime), at(mtime)));
+            assert!(after.ctime > at(ctime) && after.ctime < at(now.max(ctime) + 1));
+        }
+        // A time far ahead was set by a program: now is now.
+        let ahead =
+            SetAttributes { mtime: Some(SetTime::To(at(now + 7200))), ctime: Some(at(now + 1)), ..SetAttributes::default() };
+        f.fs.set_attributes(&Caller::default(), file, ahead).await.unwrap();
+        let after = f.fs.set_attributes(&Caller::default(), file, touch).await.unwrap();
+        assert!(after.mtime == after.ctime && after.ctime > at(now + 1) && after.ctime < at(now + 7200));
     }
 }

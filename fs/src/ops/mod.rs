@@ -46,7 +46,7 @@ mod work;
 pub mod xattr;
 
 pub use access::{AccessPolicy, AccessTimes};
-pub use attributes::{Permit, SetAttributes};
+pub use attributes::{Permit, SetAttributes, SetTime};
 pub use handles::OpenFlags;
 pub use list::DirEntry;
 pub use lookup::StatFs;

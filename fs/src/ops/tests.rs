@@ -526,7 +526,9 @@ async fn who_changes_a_program_takes_its_powers_away() {
             2 => drop(fs.set_attributes(&ROOT, f, SetAttributes { uid: Some(5), ..set }).await.unwrap()),
             3 => drop(fs.set_attributes(&ROOT, f, SetAttributes { size: Some(0), kill: true, ..set }).await.unwrap()),
             4 => drop(fs.set_attributes(&ROOT, f, SetAttributes { size: Some(9), ..set }).await.unwrap()),
-            _ => drop(fs.set_attributes(&ROOT, f, SetAttributes { mtime: Some(Time::default()), ..set }).await.unwrap()),
+            _ => drop(
+                fs.set_attributes(&ROOT, f, SetAttributes { mtime: Some(SetTime::To(Time::default())), ..set }).await.unwrap(),
+            ),
         }
         assert_eq!(fs.attributes(f).await.unwrap().mode & 0o7777, mode, "change {number}");
         let kept = fs.get_xattr(f, CAPABILITY).await.is_ok();

@@ -283,8 +283,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             uid,
             gid,
             size,
-            atime: atime.map(|time| translate::set_time(time, self.0.fs.now())),
-            mtime: mtime.map(|time| translate::set_time(time, self.0.fs.now())),
+            atime: atime.map(translate::set_time),
+            mtime: mtime.map(translate::set_time),
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {

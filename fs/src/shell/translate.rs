@@ -2,7 +2,7 @@
 
 use super::known::Known;
 use crate::ops::meant;
-use crate::{Attributes, FileKind, FsError, Ino, NewNode, Time};
+use crate::{Attributes, FileKind, FsError, Ino, NewNode, SetTime, Time};
 use fuser::{Errno, FileAttr, FileType, INodeNo, TimeOrNow};
 use nix::libc;
 use std::sync::Arc;
@@ -108,14 +108,14 @@ fn system_time(time: Time) -> SystemTime {
 }
 
 /// A time to set.
-pub(crate) fn set_time(time: TimeOrNow, now: Time) -> Time {
+pub(crate) fn set_time(time: TimeOrNow) -> SetTime {
     match time {
-        TimeOrNow::Now => now,
-        TimeOrNow::SpecificTime(time) => match time.duration_since(UNIX_EPOCH) {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(time) => SetTime::To(match time.duration_since(UNIX_EPOCH) {
             Ok(since) => Time { seconds: since.as_secs() as i64, nanos: since.subsec_nanos() },
             // `fuser` takes the nanoseconds of a time before 1970 as leading away from 1970, too; they lead towards it.
             Err(before) => Time { seconds: -(before.duration().as_secs() as i64), nanos: before.duration().subsec_nanos() },
-        },
+        }),
     }
 }
 

@@ -7,7 +7,7 @@ use fs::ops::data::{Allocate, At, Payload, Seek};
 use fs::ops::xattr::SetMode;
 use fs::{
     Attributes, Caller, DirEntry, FileKind as NodeKind, FileSystem, FsError, Ino, NewNode, OpenFlags, RenameFlags, SetAttributes,
-    Time,
+    SetTime, Time,
 };
 use sld::Disk;
 use std::collections::BTreeMap;
@@ -467,7 +467,7 @@ impl<D: Disk> NodeDriver<D> {
             }
             Op::Utimes { path, mtime } => {
                 let to = Time { seconds: i64::from(*mtime), nanos: 0 };
-                Self::change(&fs, path, SetAttributes { mtime: Some(to), ..SetAttributes::default() }).await
+                Self::change(&fs, path, SetAttributes { mtime: Some(SetTime::To(to)), ..SetAttributes::default() }).await
             }
             Op::SetXattr { path, name, fill, len, how } => {
                 let ino = Self::attributed(&fs, path, name, EPERM).await?;
