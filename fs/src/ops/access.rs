@@ -1,9 +1,13 @@
 //! Access times: kept as `relatime` does, without asking other nodes while somebody waits.
 //!
 //! A read that makes the access time due (it is not later than the last change, or a day old) sets it at once if the node can
-//! have the inode to itself without asking anybody. Else the read is remembered, and the shell has the time set a moment
+//! have the inode to itself without asking anybody. Else the read is remembered, and the shell has its time set a moment
 //! later (`set_access_times`); by then a reader on another node may have done it, and a look under the shared token tells.
 //! So readers share a token, and each change of a file costs each reading node at most one exclusive one.
+//!
+//! Invariants:
+//! - The time that is set is that of the read, and only if the inode is what the read found: else it would hide a time that a
+//!   program has set since, or be that of no read at all.
 //!
 //! What was remembered is bounded, and goes with the node: an access time may be missed, it is never wrong.
 //!
@@ -17,7 +21,7 @@ use crate::inode::{Ino, Inode};
 use crate::transaction::{Source, Transaction};
 use parking_lot::Mutex;
 use sld::{Disk, Mode};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::Poll;
@@ -56,7 +60,27 @@ pub enum AccessPolicy {
 pub(crate) struct Accesses {
     policy: AtomicU8,
     not_directories: AtomicBool,
-    pending: Mutex<BTreeSet<Ino>>,
+    pending: Mutex<BTreeMap<Ino, Access>>,
+}
+
+/// A read that the access time should show: what it found, and when it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access {
+    ino: Ino,
+    generation: u64,
+    atime: Time,
+    mtime: Time,
+    ctime: Time,
+    /// The access time that the read makes due.
+    due: Time,
+}
+
+impl Access {
+    /// Whether an inode is what the read found.
+    fn found(&self, inode: &Inode) -> bool {
+        let now = (inode.ino, inode.generation, inode.atime, inode.mtime, inode.ctime);
+        now == (self.ino, self.generation, self.atime, self.mtime, self.ctime)
+    }
 }
 
 /// The access time that an inode should have after a read now; `None` if the one that it has is good enough.
@@ -94,21 +118,28 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
-    /// Whether a read now makes an inode's access time due.
-    pub(crate) fn access_is_due(&self, inode: &Inode) -> bool {
-        due(self.access_policy(inode), inode, self.now()).is_some()
+    /// An inode, whose token is held, is read now: says what that makes due, if anything.
+    pub(crate) fn access(&self, inode: &Inode) -> Option<Access> {
+        let due = due(self.access_policy(inode), inode, self.now())?;
+        let Inode { ino, generation, atime, mtime, ctime, .. } = *inode;
+        Some(Access { ino, generation, atime, mtime, ctime, due })
     }
 
-    /// An inode was read and its access time is due. No token of it is held.
-    pub(crate) async fn accessed(&self, ino: Ino) {
-        if self.accesses.pending.lock().contains(&ino) {
+    /// An inode was read, and this is due. No token of it is held.
+    pub(crate) async fn accessed(&self, access: Access) {
+        if let Some(pending) = self.accesses.pending.lock().get_mut(&access.ino) {
+            // What the earlier read found may be gone.
+            if pending.due < access.due {
+                *pending = access;
+            }
             return;
         }
+        let ino = access.ino;
         // A read does not wait for room for what it would dirty.
         let mut admit = pin!(self.disk().admit());
         let admitted = std::future::poll_fn(|cx| Poll::Ready(matches!(admit.as_mut().poll(cx), Poll::Ready(Ok(()))))).await;
         if admitted && let Some(_tokens) = self.disk().try_acquire(&[(ino.object(), Mode::Exclusive)]) {
-            match self.set_access_time(ino).await {
+            match self.set_access_time(access).await {
                 Ok(_) | Err(FsError::Stale) => {}
                 Err(error) => tracing::debug!(%ino, %error, "an access time is not set"),
             }
@@ -116,7 +147,7 @@ impl<D: Disk> FileSystem<D> {
         }
         let mut pending = self.accesses.pending.lock();
         if pending.len() < PENDING_MAX {
-            pending.insert(ino);
+            pending.insert(ino, access);
         }
     }
 
@@ -125,8 +156,8 @@ impl<D: Disk> FileSystem<D> {
     pub async fn set_access_times(&self) -> Vec<Ino> {
         let mut changed = Vec::new();
         for _ in 0..TURN_MAX {
-            let Some(ino) = self.accesses.pending.lock().pop_first() else { break };
-            match self.set_due(ino).await {
+            let Some((ino, access)) = self.accesses.pending.lock().pop_first() else { break };
+            match self.set_due(access).await {
                 Ok(true) => changed.push(ino),
                 Ok(false) | Err(FsError::Stale) => {}
                 Err(error) => tracing::debug!(%ino, %error, "an access time is not set"),
@@ -135,21 +166,23 @@ impl<D: Disk> FileSystem<D> {
         changed
     }
 
-    async fn set_due(&self, ino: Ino) -> Result<bool> {
+    async fn set_due(&self, access: Access) -> Result<bool> {
         // Another node may have been faster; then nobody is disturbed.
-        if !self.access_is_due(&self.inode(ino).await?) {
+        if !access.found(&self.inode(access.ino).await?) {
             return Ok(false);
         }
         self.disk().admit().await?;
-        let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
-        self.set_access_time(ino).await
+        let _tokens = self.tokens(&[(access.ino.object(), Mode::Exclusive)]).await?;
+        self.set_access_time(access).await
     }
 
-    /// Sets the access time of an inode, whose token is held exclusively, if it is due.
-    async fn set_access_time(&self, ino: Ino) -> Result<bool> {
-        let mut inode = self.load(Source::disk(self.disk()), ino).await?;
-        let Some(time) = due(self.access_policy(&inode), &inode, self.now()) else { return Ok(false) };
-        inode.atime = time;
+    /// Sets the access time of an inode, whose token is held exclusively, to that of a read, if it is what that has found.
+    async fn set_access_time(&self, access: Access) -> Result<bool> {
+        let mut inode = self.load(Source::disk(self.disk()), access.ino).await?;
+        if !access.found(&inode) {
+            return Ok(false);
+        }
+        inode.atime = access.due;
         let mut tx = Transaction::new(self.disk());
         inode.write(&mut tx, &[]);
         tx.commit()?;
@@ -161,7 +194,7 @@ impl<D: Disk> FileSystem<D> {
 mod tests {
     use super::*;
     use crate::ops::data::{At, Payload};
-    use crate::ops::testing::fixture;
+    use crate::ops::testing::{Fixture, fixture};
     use crate::{Caller, NewNode, SetAttributes, SetTime};
 
     fn at(seconds: i64) -> Time {
@@ -269,5 +302,47 @@ mod tests {
         let time = Some(SetTime::To(at(1 << 40)));
         f.fs.set_attributes(&Caller::default(), file, SetAttributes { atime: time, ..SetAttributes::default() }).await.unwrap();
         assert_eq!(f.fs.set_access_times().await, []);
+    }
+
+    /// Reads a file while others have it, too, so that its access time is left to the background.
+    async fn read_shared(f: &Fixture, file: Ino) {
+        let shared = f.fs.tokens(&[(file.object(), Mode::Shared)]).await.unwrap();
+        f.fs.read(file, 0, 10).await.unwrap();
+        drop(shared);
+    }
+
+    #[tokio::test]
+    async fn a_time_that_a_program_has_set_since_the_read_stays() {
+        let f = fixture(&[1000]).await;
+        let file = f.file(b"f").await;
+        read_shared(&f, file).await;
+        let long_ago = SetAttributes { atime: Some(SetTime::To(at(1))), ..SetAttributes::default() };
+        f.fs.set_attributes(&Caller::default(), file, long_ago).await.unwrap();
+        assert_eq!(f.fs.set_access_times().await, []);
+        assert_eq!(f.fs.attributes(file).await.unwrap().atime, at(1));
+        // A read of what is there now counts, also if one of what was there before is still remembered.
+        read_shared(&f, file).await;
+        f.chmod(file, 0o600).await;
+        read_shared(&f, file).await;
+        assert_eq!(f.fs.set_access_times().await, [file]);
+        let after = f.fs.attributes(file).await.unwrap();
+        assert!(after.atime > after.ctime);
+    }
+
+    #[tokio::test]
+    async fn a_read_before_a_change_is_not_timed_after_it() {
+        let f = fixture(&[1000]).await;
+        let file = f.file(b"f").await;
+        let before = f.fs.attributes(file).await.unwrap();
+        read_shared(&f, file).await;
+        f.fs.write(file, At::End, Payload::new(0, b"bytes"), false).await.unwrap();
+        assert_eq!(f.fs.set_access_times().await, []);
+        assert_eq!(f.fs.attributes(file).await.unwrap().atime, before.atime);
+        // Without a change it is the time of the read, not that of its turn.
+        read_shared(&f, file).await;
+        let turn = (0..100).map(|_| f.fs.now()).max().unwrap();
+        assert_eq!(f.fs.set_access_times().await, [file]);
+        let after = f.fs.attributes(file).await.unwrap();
+        assert!(after.atime > after.mtime && after.atime < turn);
     }
 }

@@ -11,6 +11,7 @@
 //!
 //! Excludes: where blocks are (`extent`), attributes other than size and times, who may do what (the kernel checks).
 
+use super::access::Access;
 use super::payload::ZEROS;
 pub use super::payload::{FileData, Payload};
 use super::xattr::drop_capability;
@@ -143,29 +144,29 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `IsDirectory`, `Invalid` if it is not a file; `Stale`, `Corrupt`, those of the disk.
     pub async fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<FileData> {
-        let (data, is_due) = self.again(|| self.read_data(ino, offset, size)).await?;
-        if is_due {
-            self.accessed(ino).await;
+        let (data, access) = self.again(|| self.read_data(ino, offset, size)).await?;
+        if let Some(access) = access {
+            self.accessed(access).await;
         }
         Ok(data)
     }
 
-    /// Reads; and says whether the access time is due to be changed.
-    async fn read_data(&self, ino: Ino, offset: u64, size: u32) -> Result<(FileData, bool)> {
+    /// Reads; and says what access is due to be shown.
+    async fn read_data(&self, ino: Ino, offset: u64, size: u32) -> Result<(FileData, Option<Access>)> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let inode = self.load(Source::disk(self.disk()), ino).await?;
         check_file(&inode)?;
-        let is_due = size > 0 && self.access_is_due(&inode);
+        let access = if size > 0 { self.access(&inode) } else { None };
         let end = offset.saturating_add(u64::from(size)).min(inode.size);
         let mut data = FileData::new(inode.data_version);
         if offset >= end {
-            return Ok((data, is_due));
+            return Ok((data, access));
         }
         if let Body::Inline(bytes) = &inode.body {
             let len = bytes.len() as u64;
             data.push(bytes.slice(offset.min(len) as usize..end.min(len) as usize));
             data.push_zeros(end - offset - data.len());
-            return Ok((data, is_due));
+            return Ok((data, access));
         }
         let (first, last) = (offset / BS, (end - 1) / BS);
         let runs = extent::map(Source::disk(self.disk()), &inode, first, last + 1).await?;
@@ -190,7 +191,7 @@ impl<D: Disk> FileSystem<D> {
         }
         data.push_zeros(end - at);
         self.read_ahead(&inode, offset, end).await;
-        Ok((data, is_due))
+        Ok((data, access))
     }
 
     /// Has blocks fetched that a sequential reader will want next. What fails here fails again when it is really read.

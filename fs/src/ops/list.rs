@@ -1,5 +1,6 @@
 //! Listing directories.
 
+use super::access::Access;
 use super::{FileSystem, Locks};
 use crate::directory::{self, Entry, Listed};
 use crate::error::{FsError, Result};
@@ -41,14 +42,20 @@ impl<D: Disk> FileSystem<D> {
         sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
         plus: bool,
     ) -> Result<()> {
-        if self.list(ino, cookie, sink, plus).await? {
-            self.accessed(ino).await;
+        if let Some(access) = self.list(ino, cookie, sink, plus).await? {
+            self.accessed(access).await;
         }
         Ok(())
     }
 
-    /// Lists; and says whether the access time is due to be changed.
-    async fn list(&self, ino: Ino, cookie: u64, sink: &mut (dyn FnMut(DirEntry) -> bool + Send), plus: bool) -> Result<bool> {
+    /// Lists; and says what access is due to be shown.
+    async fn list(
+        &self,
+        ino: Ino,
+        cookie: u64,
+        sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
+        plus: bool,
+    ) -> Result<Option<Access>> {
         let mut position = cookie;
         if position < 2 {
             let up = match self.directory_above(ino).await {
@@ -63,13 +70,13 @@ impl<D: Disk> FileSystem<D> {
                 let kind = FileKind::Directory;
                 let name = Bytes::from_static(name);
                 if !sink(DirEntry { ino: target, name, generation: 0, kind, next_cookie: next, attributes }) {
-                    return Ok(false);
+                    return Ok(None);
                 }
             }
             position = 2;
         }
         loop {
-            let (listed, end, is_due) = self.again(|| self.batch(ino, position)).await?;
+            let (listed, end, access) = self.again(|| self.batch(ino, position)).await?;
             let children = if plus { self.again(|| self.attributes_of(&listed)).await? } else { Vec::new() };
             for (index, (next, entry)) in listed.iter().enumerate() {
                 position = *next;
@@ -90,18 +97,18 @@ impl<D: Disk> FileSystem<D> {
                     attributes,
                 };
                 if !sink(shown) {
-                    return Ok(is_due);
+                    return Ok(access);
                 }
             }
             if end {
-                return Ok(is_due);
+                return Ok(access);
             }
         }
     }
 
-    /// The next names after a position with what they lead to; whether these are the last; and whether the directory's access
-    /// time is due to be changed.
-    async fn batch(&self, ino: Ino, position: u64) -> Result<(Vec<(u64, Option<Entry>)>, bool, bool)> {
+    /// The next names after a position with what they lead to; whether these are the last; and what access of the directory
+    /// is due to be shown.
+    async fn batch(&self, ino: Ino, position: u64) -> Result<(Vec<(u64, Option<Entry>)>, bool, Option<Access>)> {
         let mut locks = Locks::new([(ino.object(), Mode::Shared)]);
         'again: loop {
             let mut work = self.begin_read(&mut locks).await?;
@@ -111,7 +118,7 @@ impl<D: Disk> FileSystem<D> {
             }
             let dir = work.inodes.get(&ino).ok_or(FsError::Stale)?;
             let listed: Vec<Listed> = directory::list(work.tx.source(), dir, position, BATCH).await?;
-            let (end, is_due) = (listed.len() < BATCH, self.access_is_due(dir));
+            let (end, access) = (listed.len() < BATCH, self.access(dir));
             let mut shown = Vec::with_capacity(listed.len());
             for name in listed {
                 // Rule 2: a name without a flag is trusted; else its candidates are judged.
@@ -131,7 +138,7 @@ impl<D: Disk> FileSystem<D> {
                 };
                 shown.push((name.position, entry));
             }
-            return Ok((shown, end, is_due));
+            return Ok((shown, end, access));
         }
     }
 

@@ -1,5 +1,6 @@
 //! Looking: names, attributes, links, space.
 
+use super::access::Access;
 use super::{FileSystem, Locks};
 use crate::btree;
 use crate::directory::{self, check_name};
@@ -148,14 +149,14 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Invalid` if it is not one; `Stale`; those of the disk.
     pub async fn read_link(&self, ino: Ino) -> Result<Bytes> {
-        let (target, is_due) = self.again(|| self.target_of(ino)).await?;
-        if is_due {
-            self.accessed(ino).await;
+        let (target, access) = self.again(|| self.target_of(ino)).await?;
+        if let Some(access) = access {
+            self.accessed(access).await;
         }
         Ok(target)
     }
 
-    async fn target_of(&self, ino: Ino) -> Result<(Bytes, bool)> {
+    async fn target_of(&self, ino: Ino) -> Result<(Bytes, Option<Access>)> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let source = Source::disk(self.disk());
         let inode = self.load(source, ino).await?;
@@ -169,7 +170,7 @@ impl<D: Disk> FileSystem<D> {
                 chunks.iter().flat_map(|(_, chunk)| chunk.iter().copied()).collect()
             }
         };
-        Ok((target, self.access_is_due(&inode)))
+        Ok((target, self.access(&inode)))
     }
 
     /// Space of the file system.
