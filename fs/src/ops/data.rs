@@ -337,7 +337,7 @@ impl<D: Disk> FileSystem<D> {
         terms.apply(&mut inode)?;
         let mut tx = Transaction::new(self.disk());
         self.changed(&mut inode);
-        if size >= inode.size {
+        if size > inode.size {
             let after = grow(&mut tx, &mut inode, size).await?;
             inode.size = size;
             inode.write(&mut tx, &after);
@@ -351,7 +351,15 @@ impl<D: Disk> FileSystem<D> {
             tx.commit()?;
             return Ok(Step::Done((inode.attributes(), true)));
         }
-        let done = self.cut(&mut tx, &mut inode, blocks_of(size), u64::MAX).await?;
+        // Also if the size stays: blocks may have been reserved beyond the end.
+        let from = blocks_of(size);
+        let is_cheap = inode.root()?.level() == 0;
+        let done = if is_cheap || inode.flags & RESIDUE != 0 || extent::next(tx.source(), &inode, from).await?.is_some() {
+            self.cut(&mut tx, &mut inode, from, u64::MAX).await?
+        } else {
+            inode.write(&mut tx, &[]);
+            true
+        };
         tx.commit()?;
         Ok(Step::Done((inode.attributes(), done)))
     }
@@ -771,9 +779,7 @@ async fn grow<D: Disk>(tx: &mut Transaction<'_, D>, inode: &mut Inode, size: u64
         let run = Run { at: 0, start: extent.start, len: 1, unwritten: false };
         return extent::replace(tx, inode, 0, 1, &[run], &[After::DataOf(inode.object())]).await;
     }
-    if size > inode.size {
-        zero_tail(tx, inode, inode.size, u64::MAX).await?;
-    }
+    zero_tail(tx, inode, inode.size, u64::MAX).await?;
     Ok(vec![After::DataOf(inode.object())])
 }
 

@@ -268,6 +268,39 @@ fn a_full_disk_refuses_and_forgets_nothing() {
 }
 
 #[test]
+fn a_truncation_to_the_present_size_frees_what_is_reserved_beyond_it() {
+    run(async {
+        let f = fixture(&[6000]).await;
+        let free = f.disk_free().await;
+        let ino = f.file(b"a").await;
+        for size in [0, 5000, 8192] {
+            f.fs.truncate(ino, 0).await.unwrap();
+            f.fs.write(ino, At::Offset(0), Payload::new(0, &vec![7; size as usize]), false).await.unwrap();
+            // With gaps, so that the tree has nodes of its own in the end; and more than one operation frees.
+            for (len, gaps) in [(40, 1), (1500, 1), (4, 300)] {
+                for gap in 0..gaps {
+                    let at = (10 + gap * 2 * len) * BS;
+                    f.fs.allocate(ino, Allocate::Reserve, at, len * BS, true).await.unwrap();
+                }
+                let before = f.fs.attributes(ino).await.unwrap();
+                assert!(f.fs.inode(ino).await.unwrap().blocks >= len * gaps + blocks_of(size));
+                let after = f.fs.truncate(ino, size).await.unwrap();
+                assert!(after.size == size && after.mtime > before.mtime && after.ctime > before.ctime);
+                assert_eq!(f.fs.read(ino, 0, 9000).await.unwrap().contiguous(), vec![7; size as usize]);
+                let blocks = f.fs.inode(ino).await.unwrap().blocks;
+                // A leaf of the tree may stay.
+                assert!(blocks - blocks_of(size) <= u64::from(gaps > 1), "{blocks} after {len} {gaps}");
+                assert_eq!(f.disk_free().await, free - 1 - blocks);
+                check_blocks(&f, ino, true).await;
+            }
+            f.disk.record();
+            f.fs.truncate(ino, size).await.unwrap();
+            assert_eq!(f.disk.recorded().iter().map(|operation| operation.writes.len()).sum::<usize>(), 1, "nothing to free");
+        }
+    });
+}
+
+#[test]
 fn writing_takes_setuid_away_and_moves_the_times() {
     run(async {
         let f = fixture(&[600]).await;
