@@ -113,6 +113,14 @@ enum Step<T> {
     Residue,
 }
 
+/// How far a write went.
+struct Written {
+    offset: u64,
+    count: u64,
+    /// Why there is no more.
+    rest: Option<FsError>,
+}
+
 fn check_file(inode: &Inode) -> Result<()> {
     match inode.kind() {
         FileKind::File => Ok(()),
@@ -209,29 +217,50 @@ impl<D: Disk> FileSystem<D> {
     /// Writes all of a payload; `kill` takes away setuid and setgid. Returns where it was written.
     ///
     /// # Errors
-    /// `NoSpace` and `TooLarge` (some of it may be written, a megabyte at a time), and those of `read`.
+    /// `NoSpace` and `TooLarge` (some of it may be written), and those of `read`.
     pub async fn write(&self, ino: Ino, at: At, payload: Payload, kill: bool) -> Result<u64> {
-        self.write_if(ino, at, payload, kill, &|| true).await
+        let written = self.write_parts(ino, at, &payload, kill, &|| true).await;
+        written.rest.map_or(Ok(written.offset), Err)
     }
 
-    /// Writes as long as it is `allowed`, which is asked when the file's token is held, before each part is committed.
+    /// Writes as long as it is `allowed`, which is asked when the file's token is held, before each part is committed. Returns
+    /// where, and how much: less than all if something fails after some was written.
     ///
     /// # Errors
-    /// `Disk(Lost)` if it is not allowed (any more), and those of `write`.
-    pub async fn write_if(&self, ino: Ino, at: At, payload: Payload, kill: bool, allowed: Allowed<'_>) -> Result<u64> {
-        let (mut at, mut done, mut began) = (at, 0, None);
+    /// `Disk(Lost)` if it is not allowed (any more), also if some was written before: that may be lost. Those of `write` if
+    /// nothing was written; and in any case if it was to be `Within` the file: nobody would write the rest of pages again.
+    pub async fn write_if(&self, ino: Ino, at: At, payload: Payload, kill: bool, allowed: Allowed<'_>) -> Result<(u64, u64)> {
+        let written = self.write_parts(ino, at, &payload, kill, allowed).await;
+        match written.rest {
+            Some(error @ FsError::Disk(sld::DiskError::Lost)) => Err(error),
+            Some(error) if written.count == 0 || matches!(at, At::Within(_)) => Err(error),
+            _ => Ok((written.offset, written.count)),
+        }
+    }
+
+    async fn write_parts(&self, ino: Ino, at: At, payload: &Payload, kill: bool, allowed: Allowed<'_>) -> Written {
+        let (mut at, mut done, mut began, mut most) = (at, 0, None, CHUNK);
         while done < payload.len() {
             // Chunks end where blocks end, so that no block is written twice.
-            let room = match at {
-                At::Offset(offset) | At::Within(offset) => CHUNK - offset % BS,
-                At::End => CHUNK,
+            let head = match at {
+                At::Offset(offset) | At::Within(offset) => offset % BS,
+                At::End => 0,
             };
-            let len = room.min(payload.len() - done);
-            let fill = Fill::Payload(&payload, done);
-            let offset = match began {
-                None => self.again_if(allowed, || self.write_chunk(ino, at, fill, len, kill, allowed)).await?,
+            let len = (most - head).min(payload.len() - done);
+            let fill = Fill::Payload(payload, done);
+            let result = match began {
+                None => self.again_if(allowed, || self.write_chunk(ino, at, fill, len, kill, allowed)).await,
                 // What came before may be lost, so that this must not go on as if it were there.
-                Some(_) => self.again_if(&|| false, || self.write_chunk(ino, at, fill, len, kill, allowed)).await?,
+                Some(_) => self.again_if(&|| false, || self.write_chunk(ino, at, fill, len, kill, allowed)).await,
+            };
+            let offset = match result {
+                Ok(offset) => offset,
+                Err(FsError::NoSpace) if head + len > BS => {
+                    // What there is room for is written, down to a block.
+                    most = blocks_of(head + len) / 2 * BS;
+                    continue;
+                }
+                Err(error) => return Written { offset: began.unwrap_or(0), count: done, rest: Some(error) },
             };
             began.get_or_insert(offset);
             done += len;
@@ -241,7 +270,7 @@ impl<D: Disk> FileSystem<D> {
                 At::Offset(_) | At::End => At::Offset(offset.saturating_add(len)),
             };
         }
-        Ok(began.unwrap_or(0))
+        Written { offset: began.unwrap_or(0), count: done, rest: None }
     }
 
     async fn write_chunk(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool, allowed: Allowed<'_>) -> Result<u64> {
@@ -578,16 +607,16 @@ impl<D: Disk> FileSystem<D> {
             let want = (len - copied).min(CHUNK - at % BS);
             let step = async {
                 let data = self.read(from, at, want as u32).await?;
-                let got = data.len();
-                if got > 0 {
-                    let at = At::Offset(to_offset.saturating_add(copied));
-                    self.write_if(to, at, data.into_payload(), terms.kill, terms.allowed).await?;
+                if data.is_empty() {
+                    return Ok(0);
                 }
-                Ok::<u64, FsError>(got)
+                let at = At::Offset(to_offset.saturating_add(copied));
+                let (_, written) = self.write_if(to, at, data.into_payload(), terms.kill, terms.allowed).await?;
+                Ok::<u64, FsError>(written)
             };
             match step.await {
                 Ok(0) => break,
-                Ok(got) => copied += got,
+                Ok(written) => copied += written,
                 Err(error) if copied == 0 => return Err(error),
                 Err(_) => break,
             }

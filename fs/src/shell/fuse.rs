@@ -469,22 +469,25 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let synchronous = matches!(at, At::Offset(_) | At::End) && flags.0 & nix::libc::O_DSYNC != 0;
         let data_only = flags.0 & nix::libc::O_SYNC != nix::libc::O_SYNC;
-        let length = data.len() as u32;
-        let end = if let At::Within(_) = at { 0 } else { offset.saturating_add(length.into()) };
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
             let mut changing = front.change(ino.0, caller.pid);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
-                front.fs.write_if(node, at, payload, kill, &|| !front.handles.has_lost_locks(ino.0, handle)).await?;
+                let allowed = || !front.handles.has_lost_locks(ino.0, handle);
+                let (_, written) = front.fs.write_if(node, at, payload, kill, &allowed).await?;
+                let end = if let At::Within(_) = at { 0 } else { offset.saturating_add(written) };
                 reach(&mut changing, Reach { end, zeros: false });
-                if synchronous { front.sync(node, handle, data_only).await } else { Ok(()) }
+                if synchronous {
+                    front.sync(node, handle, data_only).await?;
+                }
+                Ok::<u64, FsError>(written)
             };
             let result = result.await;
             finish(changing).await;
             match result {
-                Ok(()) => reply.written(length),
+                Ok(written) => reply.written(u32::try_from(written).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),
             }
         });

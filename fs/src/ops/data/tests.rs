@@ -249,8 +249,11 @@ fn a_full_disk_refuses_and_forgets_nothing() {
         let ino = f.file(b"a").await;
         let mut written = 0u64;
         let error = loop {
-            match f.fs.write(ino, At::End, Payload::new(0, &[3; 65_536]), false).await {
-                Ok(_) => written += 65_536,
+            match f.fs.write_if(ino, At::End, Payload::new(0, &[3; 65_536]), false, &|| true).await {
+                Ok((offset, count)) => {
+                    assert_eq!(offset, written);
+                    written += count;
+                }
                 Err(error) => break error,
             }
         };
@@ -260,6 +263,7 @@ fn a_full_disk_refuses_and_forgets_nothing() {
         assert_eq!(attributes.size, written);
         check_blocks(&f, ino, true).await;
         let free = f.disk_free().await;
+        assert_eq!(free, 0, "all that fits is written");
         assert!(f.fs.write(ino, At::End, Payload::new(0, &[3; 65_536]), false).await.is_err());
         assert_eq!(f.disk_free().await, free, "what was allocated in vain is given back");
         f.fs.truncate(ino, 0).await.unwrap();
@@ -297,6 +301,49 @@ fn a_truncation_to_the_present_size_frees_what_is_reserved_beyond_it() {
             f.fs.truncate(ino, size).await.unwrap();
             assert_eq!(f.disk.recorded().iter().map(|operation| operation.writes.len()).sum::<usize>(), 1, "nothing to free");
         }
+    });
+}
+
+#[test]
+fn a_write_that_does_not_fit_writes_what_does_and_says_how_much() {
+    run(async {
+        const MIB: u64 = 1 << 20;
+        let f = fixture(&[600]).await;
+        let (ino, other) = (f.file(b"a").await, f.file(b"b").await);
+        f.fs.allocate(other, Allocate::Reserve, 0, 100 * BS, false).await.unwrap();
+        let write = |at, len: u64| f.fs.write_if(ino, at, Payload::new(0, &vec![9; len as usize]), false, &|| true);
+        // Two parts that end where a block does, of which the first fits.
+        let end = f.disk_free().await * BS;
+        assert!(end > MIB && end < 2 * MIB);
+        assert_eq!(write(At::Offset(100), 2 * MIB).await, Ok((100, end - 100)));
+        // Of a part that does not fit, nothing is left out that would, down to a block.
+        for room in [1, 2, 3, 10, 100, 255] {
+            let size = end - room * BS;
+            for at in [At::Offset(size - 50), At::End] {
+                f.fs.truncate(ino, size).await.unwrap();
+                let begin = if at == At::End { size } else { size - 50 };
+                assert_eq!(write(at, MIB).await, Ok((begin, end - begin)), "{room} {at:?}");
+                assert_eq!(f.disk_free().await, 0);
+            }
+        }
+        // What has its blocks can be overwritten; the rest of it has none.
+        assert_eq!(write(At::Offset(end - BS - 7), 2 * BS).await, Ok((end - BS - 7, BS + 7)));
+        assert_eq!(write(At::Offset(end), 2 * MIB).await, Err(FsError::NoSpace));
+        assert_eq!(write(At::End, MIB).await, Err(FsError::NoSpace));
+        let attributes = f.fs.attributes(ino).await.unwrap();
+        assert_eq!(attributes.size, end);
+        check_blocks(&f, ino, true).await;
+        // A copy goes as far, too.
+        f.fs.truncate(ino, end - 3 * BS).await.unwrap();
+        assert_eq!(f.fs.copy_range(ino, 0, other, 100 * BS, 64 * BS).await, Ok(3 * BS));
+        // Pages of a mapping are written once: what does not fit is an error.
+        f.fs.truncate(ino, end + MIB).await.unwrap();
+        f.fs.truncate(other, 100 * BS).await.unwrap();
+        assert_eq!(write(At::Within(end - 3 * BS), 8 * BS).await, Err(FsError::NoSpace));
+        // A file that gets too large gets as large as it may.
+        f.fs.truncate(ino, 0).await.unwrap();
+        let start = FILE_SIZE_MAX / BS * BS - MIB;
+        assert_eq!(write(At::Offset(start), 2 * MIB).await, Ok((start, MIB)));
     });
 }
 
