@@ -509,42 +509,46 @@ impl<D: Disk> FileSystem<D> {
     }
 
     async fn punch(&self, ino: Ino, offset: u64, end: u64, terms: Terms<'_>) -> Result<()> {
-        let mut edges_left = true;
-        loop {
-            self.disk().admit().await?;
-            let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
-            let mut inode = self.load(Source::disk(self.disk()), ino).await?;
-            check_file(&inode)?;
-            terms.apply(&mut inode)?;
-            let mut tx = Transaction::new(self.disk());
-            self.changed(&mut inode);
-            if let Body::Inline(bytes) = &inode.body {
-                let mut bytes = bytes.to_vec();
-                let len = bytes.len() as u64;
-                bytes[offset.min(len) as usize..end.min(len) as usize].fill(0);
-                inode.body = Body::Inline(Bytes::from(bytes));
-                inode.write(&mut tx, &[]);
-                return tx.commit();
-            }
-            let (first, last) = (offset.div_ceil(BS), end / BS);
-            if edges_left {
-                let head = offset..end.min(offset.next_multiple_of(BS));
-                let tail = offset.max(last * BS)..end;
-                zero_within_block(&mut tx, &inode, head.start, head.end).await?;
-                if tail.start >= head.end {
-                    zero_within_block(&mut tx, &inode, tail.start, tail.end).await?;
-                }
-                edges_left = false;
-            }
-            let (removed, done) = extent::remove(&mut tx, &mut inode, first, last.max(first), FREE_MAX, &[]).await?;
-            let mut removed = removed;
-            removed.after.push(After::DataOf(inode.object()));
-            self.write_and_free(&mut tx, &inode, removed);
+        let mut done = self.again_if(terms.allowed, || self.try_punch(ino, offset, end, true, terms)).await?;
+        while !done {
+            // What came before may be lost, so that this must not go on as if it were there.
+            done = self.again_if(&|| false, || self.try_punch(ino, offset, end, false, terms)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes some of a range a hole; the parts of blocks at its edges, too, if they are `edges_left`. Returns whether all is done.
+    async fn try_punch(&self, ino: Ino, offset: u64, end: u64, edges_left: bool, terms: Terms<'_>) -> Result<bool> {
+        self.disk().admit().await?;
+        let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
+        let mut inode = self.load(Source::disk(self.disk()), ino).await?;
+        check_file(&inode)?;
+        terms.apply(&mut inode)?;
+        let mut tx = Transaction::new(self.disk());
+        self.changed(&mut inode);
+        if let Body::Inline(bytes) = &inode.body {
+            let mut bytes = bytes.to_vec();
+            let len = bytes.len() as u64;
+            bytes[offset.min(len) as usize..end.min(len) as usize].fill(0);
+            inode.body = Body::Inline(Bytes::from(bytes));
+            inode.write(&mut tx, &[]);
             tx.commit()?;
-            if done {
-                return Ok(());
+            return Ok(true);
+        }
+        let (first, last) = (offset.div_ceil(BS), end / BS);
+        if edges_left {
+            let head = offset..end.min(offset.next_multiple_of(BS));
+            let tail = offset.max(last * BS)..end;
+            zero_within_block(&mut tx, &inode, head.start, head.end).await?;
+            if tail.start >= head.end {
+                zero_within_block(&mut tx, &inode, tail.start, tail.end).await?;
             }
         }
+        let (mut removed, done) = extent::remove(&mut tx, &mut inode, first, last.max(first), FREE_MAX, &[]).await?;
+        removed.after.push(After::DataOf(inode.object()));
+        self.write_and_free(&mut tx, &inode, removed);
+        tx.commit()?;
+        Ok(done)
     }
 
     /// The next byte of the wanted kind at or after `offset`.
@@ -552,6 +556,10 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `NoAddress` if there is none before the end, and those of `read`.
     pub async fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
+        self.again(|| self.try_seek(ino, offset, what)).await
+    }
+
+    async fn try_seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
         let inode = self.load(Source::disk(self.disk()), ino).await?;
         check_file(&inode)?;

@@ -11,6 +11,8 @@ use crate::inode::Ino;
 use parking_lot::Mutex;
 use sld::Disk;
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -59,6 +61,16 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
+    /// Lets all go: their space is asked for. (Boxed, since closing them may itself be begun again.)
+    pub(crate) fn let_all_go(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.let_go(true))
+    }
+
+    /// Whether any are kept.
+    pub(crate) fn lingers(&self) -> bool {
+        !self.lingering.queue.lock().is_empty()
+    }
+
     /// Whether more are kept than should be.
     pub(crate) fn lingers_too_much(&self) -> bool {
         self.lingering.queue.lock().len() > LINGERING_MAX
@@ -67,8 +79,10 @@ impl<D: Disk> FileSystem<D> {
 
 #[cfg(test)]
 mod tests {
+    use crate::ops::data::{Allocate, At, Payload};
     use crate::ops::testing::fixture;
     use crate::{Caller, FsError, OpenFlags, RenameFlags};
+    use cluster::BLOCK_SIZE;
 
     #[tokio::test(start_paused = true)]
     async fn a_replaced_file_can_still_be_opened_for_a_moment() {
@@ -86,5 +100,34 @@ mod tests {
         f.fs.close(old).await.unwrap();
         assert_eq!(f.disk_free().await, free + 1);
         assert_eq!(f.fs.open(old, OpenFlags::default()).await, Err(FsError::Stale));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_finds_no_space_does_not_wait_for_the_moment_to_pass() {
+        for in_background in [false, true] {
+            let f = fixture(&[6000]).await;
+            f.fs.keep_replaced();
+            if in_background {
+                f.fs.free_in_background();
+            }
+            f.file(b"a").await;
+            let root = f.fs.root();
+            let len = 2500 * BLOCK_SIZE as u64;
+            // Saved by rename, again and again, on a file system with room for one more copy.
+            for round in 0..4 {
+                let new = f.file(b"new").await;
+                f.fs.write(new, At::Offset(0), Payload::new(0, &[round; 9000]), false).await.unwrap();
+                f.fs.allocate(new, Allocate::Reserve, 0, len, false).await.unwrap();
+                f.fs.rename(&Caller::default(), root, b"new", root, b"a", RenameFlags::Replace).await.unwrap();
+            }
+            // What is open stays, and the error comes.
+            let open = f.file(b"open").await;
+            f.fs.allocate(open, Allocate::Reserve, 0, len, false).await.unwrap();
+            f.fs.open(open, OpenFlags::default()).await.unwrap();
+            f.fs.rename(&Caller::default(), root, b"a", root, b"open", RenameFlags::Replace).await.unwrap();
+            let new = f.file(b"new").await;
+            assert_eq!(f.fs.allocate(new, Allocate::Reserve, 0, len, false).await, Err(FsError::NoSpace));
+            assert_eq!(f.fs.attributes(open).await.unwrap().nlink, 0);
+        }
     }
 }

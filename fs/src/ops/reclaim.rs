@@ -187,7 +187,7 @@ impl<D: Disk> FileSystem<D> {
     }
 
     /// Does what is one operation. If the node was cut off before it was committed it begins again: nothing is lost. If there
-    /// is no space it waits for that of removed files.
+    /// is no space it waits for that of removed files, and those that a rename has replaced do not live on any longer.
     pub(crate) async fn again<T, F>(&self, attempt: impl Fn() -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
@@ -200,11 +200,16 @@ impl<D: Disk> FileSystem<D> {
     where
         F: Future<Output = Result<T>>,
     {
-        let mut lost = 0;
+        let (mut lost, mut replaced) = (0, true);
         loop {
             match attempt().await {
                 Err(FsError::Disk(DiskError::Lost)) if lost < LOST_MAX && allowed() => lost += 1,
                 Err(FsError::NoSpace) if self.free_removed().await => {}
+                Err(FsError::NoSpace) if replaced && self.lingers() => {
+                    replaced = false;
+                    self.let_all_go().await;
+                    self.free_removed().await;
+                }
                 result => return result,
             }
         }

@@ -190,6 +190,8 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
     refuse();
     fs.allocate(file, Allocate::Reserve, 0, 100_000, true).await.unwrap();
     refuse();
+    fs.allocate(file, Allocate::Punch, 7, 100_000, true).await.unwrap();
+    refuse();
     fs.set_attributes(&ROOT, file, SetAttributes { mode: Some(0o600), ..SetAttributes::default() }).await.unwrap();
     refuse();
     fs.set_xattr(file, b"user.a", b"1", SetMode::Any).await.unwrap();

@@ -169,9 +169,7 @@ impl<D: Disk> FileSystem<D> {
     /// `NoData` if there is none; `NotSupported` for other namespaces; `Stale`, `Corrupt`, those of the disk.
     pub async fn get_xattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         check_name(name)?;
-        let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
-        let inode = self.load(Source::disk(self.disk()), ino).await?;
-        let attributes = all(Source::disk(self.disk()), &inode).await?;
+        let attributes = self.again(|| self.xattrs(ino)).await?;
         attributes.get(name).map(|value| value.to_vec()).ok_or(FsError::NoData)
     }
 
@@ -180,11 +178,15 @@ impl<D: Disk> FileSystem<D> {
     /// # Errors
     /// `Stale`, `Corrupt`, those of the disk.
     pub async fn list_xattr(&self, ino: Ino, privileged: bool) -> Result<Vec<u8>> {
-        let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
-        let inode = self.load(Source::disk(self.disk()), ino).await?;
-        let attributes = all(Source::disk(self.disk()), &inode).await?;
+        let attributes = self.again(|| self.xattrs(ino)).await?;
         let names = attributes.keys().filter(|name| privileged || !name.starts_with(b"trusted."));
         Ok(names.flat_map(|name| name.iter().copied().chain(std::iter::once(0))).collect())
+    }
+
+    async fn xattrs(&self, ino: Ino) -> Result<Attributes> {
+        let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;
+        let inode = self.load(Source::disk(self.disk()), ino).await?;
+        all(Source::disk(self.disk()), &inode).await
     }
 
     /// Sets an attribute.
