@@ -1,8 +1,8 @@
 //! Removing and replacing what is damaged; freeing in the background; beginning again after the node was cut off.
 
-use super::data::{Allocate, At, Payload};
-use super::testing::{Fixture, fixture};
-use super::tests::ROOT;
+use super::data::{Allocate, At, Payload, Seek};
+use super::testing::{CutOff, Fixture, fixture};
+use super::tests::{ROOT, clock};
 use super::xattr::SetMode;
 use super::*;
 use crate::{NewNode, OpenFlags, RenameFlags, SetAttributes};
@@ -222,6 +222,30 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
         fs.write_if(file, At::Offset(0), Payload::new(0, &long), false, &second).await,
         Err(FsError::Disk(sld::DiskError::Lost))
     );
+}
+
+#[tokio::test]
+async fn who_only_looks_when_his_node_is_cut_off_looks_again() {
+    let f = fixture(&[4000]).await;
+    let file = f.file(b"f").await;
+    f.fs.write(file, At::Offset(0), Payload::new(0, b"bytes"), false).await.unwrap();
+    f.fs.set_xattr(file, b"user.a", b"1", SetMode::Any).await.unwrap();
+    let disk = CutOff { disk: f.disk.clone(), times: Arc::default() };
+    let fs = FileSystem::mount(disk.clone(), clock()).await.unwrap();
+    let cut_off = || disk.times.store(3, Ordering::Relaxed);
+    cut_off();
+    assert_eq!(fs.lookup(fs.root(), b"f").await.unwrap().ino, file);
+    cut_off();
+    assert_eq!(fs.attributes(file).await.unwrap().size, 5);
+    cut_off();
+    assert_eq!(fs.read(file, 0, 100).await.unwrap().contiguous().to_vec(), b"bytes");
+    cut_off();
+    assert_eq!(fs.seek(file, 0, Seek::Hole).await, Ok(5));
+    cut_off();
+    assert_eq!(fs.get_xattr(file, b"user.a").await.unwrap(), b"1");
+    cut_off();
+    assert_eq!(fs.list_xattr(file, true).await.unwrap(), b"user.a\0");
+    assert_eq!(disk.times.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]

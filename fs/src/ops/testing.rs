@@ -1,10 +1,11 @@
 //! What tests of operations share: a file system in memory, and seeded randomness.
 
 use crate::{Caller, FileSystem, FormatParams, Ino, NewNode, SetAttributes, Time};
-use sld::Disk;
+use cluster::{BlockNo, MirrorId};
 use sld::memory::{Image, MemoryDisk};
+use sld::{Block, Disk, DiskError, Extent, FlushTarget, ObjectId, Operation, Tag, Upcalls, Usage, Want};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// A file system in memory.
 pub(crate) struct Fixture {
@@ -79,5 +80,103 @@ impl Random {
     pub(crate) fn bytes(&mut self, len: u64) -> Vec<u8> {
         let start = self.below(250) as u8;
         (0..len).map(|i| start.wrapping_add((i / 7) as u8) | 1).collect()
+    }
+}
+
+/// A disk in memory from which the node is cut off now and then: as often as is said, the next who asks for tokens is told so.
+#[derive(Clone)]
+pub(crate) struct CutOff {
+    pub(crate) disk: MemoryDisk,
+    pub(crate) times: Arc<AtomicU32>,
+}
+
+impl Disk for CutOff {
+    type Tokens = <MemoryDisk as Disk>::Tokens;
+
+    async fn acquire(&self, wants: &[Want]) -> Result<Self::Tokens, DiskError> {
+        match self.times.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |times| times.checked_sub(1)) {
+            Ok(_) => Err(DiskError::Lost),
+            Err(_) => self.disk.acquire(wants).await,
+        }
+    }
+
+    fn try_acquire(&self, wants: &[Want]) -> Option<Self::Tokens> {
+        if self.times.load(Ordering::Relaxed) > 0 { None } else { self.disk.try_acquire(wants) }
+    }
+
+    fn adopt(&self, object: ObjectId) -> Self::Tokens {
+        self.disk.adopt(object)
+    }
+
+    async fn read(&self, object: ObjectId, block: BlockNo) -> Result<Block, DiskError> {
+        self.disk.read(object, block).await
+    }
+
+    fn try_read(&self, object: ObjectId, block: BlockNo) -> Option<Block> {
+        self.disk.try_read(object, block)
+    }
+
+    async fn read_many(&self, object: ObjectId, blocks: &[BlockNo]) -> Result<Vec<Block>, DiskError> {
+        self.disk.read_many(object, blocks).await
+    }
+
+    fn read_ahead(&self, object: ObjectId, blocks: &[BlockNo]) {
+        self.disk.read_ahead(object, blocks);
+    }
+
+    async fn alloc(&self, near: Option<BlockNo>, count: u32) -> Result<Extent, DiskError> {
+        self.disk.alloc(near, count).await
+    }
+
+    fn try_alloc(&self, near: Option<BlockNo>, count: u32) -> Option<Extent> {
+        self.disk.try_alloc(near, count)
+    }
+
+    fn unalloc(&self, extent: Extent) {
+        self.disk.unalloc(extent);
+    }
+
+    async fn admit(&self) -> Result<(), DiskError> {
+        self.disk.admit().await
+    }
+
+    fn commit(&self, operation: Operation) -> Result<(), DiskError> {
+        self.disk.commit(operation)
+    }
+
+    async fn flush(&self, targets: &[FlushTarget]) -> Result<(), DiskError> {
+        self.disk.flush(targets).await
+    }
+
+    fn take_loss(&self, object: ObjectId) -> bool {
+        self.disk.take_loss(object)
+    }
+
+    fn set_open(&self, object: ObjectId, open: bool) {
+        self.disk.set_open(object, open);
+    }
+
+    fn open_elsewhere(&self, object: ObjectId) -> bool {
+        self.disk.open_elsewhere(object)
+    }
+
+    async fn usage(&self) -> Result<Usage, DiskError> {
+        self.disk.usage().await
+    }
+
+    async fn tags(&self, first: BlockNo, count: u32) -> Result<Vec<Tag>, DiskError> {
+        self.disk.tags(first, count).await
+    }
+
+    fn mirrors(&self) -> Vec<(MirrorId, u32)> {
+        self.disk.mirrors()
+    }
+
+    fn cycle(&self) -> u32 {
+        self.disk.cycle()
+    }
+
+    fn set_upcalls(&self, upcalls: Arc<dyn Upcalls>) {
+        self.disk.set_upcalls(upcalls);
     }
 }
