@@ -23,7 +23,7 @@ pub use error::{FsError, Result};
 pub use format::{ExtentRecord, Superblock, Time};
 pub use inode::{Attributes, Body, FileKind, Ino, Inode, Parent};
 pub use ops::{
-    AccessPolicy, AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OpenFlags, RenameFlags, SetAttributes,
-    SetTime, StatFs,
+    AccessPolicy, AccessTimes, Caller, Clock, DirEntry, FileSystem, FormatParams, NewNode, OnRemoval, OpenFlags, RenameFlags,
+    SetAttributes, SetTime, StatFs,
 };
 pub use transaction::{Source, Transaction};

@@ -26,6 +26,83 @@ fn count(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
+/// What leads to a file without a name: `struct file_handle`.
+#[repr(C)]
+#[derive(Clone, Debug)]
+pub struct Handle {
+    len: u32,
+    kind: i32,
+    bytes: [u8; 128],
+}
+
+/// The handle of a file (`name_to_handle_at`), which is good on every node.
+pub fn handle(path: &Path) -> io::Result<Handle> {
+    let mut handle = Handle { len: 128, kind: 0, bytes: [0; 128] };
+    let (path, mut mount) = (c_path(path)?, 0i32);
+    // SAFETY: the path is a C string, and the handle says itself how much room it has.
+    let done = unsafe {
+        libc::syscall(libc::SYS_name_to_handle_at, libc::AT_FDCWD, path.as_ptr(), &raw mut handle, &raw mut mount, 0i64)
+    };
+    check(done as i32).map(|()| handle)
+}
+
+/// Opens what a handle leads to, in the file system that `root` is in (`open_by_handle_at`).
+pub fn open_handle(root: &File, handle: &Handle) -> io::Result<File> {
+    let mut handle = handle.clone();
+    // SAFETY: the handle is one, says itself how long it is, and outlives the call.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_open_by_handle_at, root.as_raw_fd(), &raw mut handle, libc::O_RDONLY | libc::O_CLOEXEC)
+    };
+    check(fd as i32)?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
+    Ok(unsafe { File::from_raw_fd(fd as i32) })
+}
+
+/// Writes asynchronously (`io_submit`), and waits for the end of it.
+pub fn write_async(file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+    /// `struct iocb`, and what it asks for.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Request {
+        data: u64,
+        key: u32,
+        rw_flags: u32,
+        opcode: u16,
+        priority: i16,
+        fd: u32,
+        buffer: u64,
+        len: u64,
+        offset: i64,
+        reserved: u64,
+        flags: u32,
+        event_fd: u32,
+    }
+    const PWRITE: u16 = 1;
+    /// `struct io_event`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Event {
+        data: u64,
+        request: u64,
+        result: i64,
+        second: i64,
+    }
+    let (fd, buffer, len) = (file.as_raw_fd() as u32, bytes.as_ptr() as u64, bytes.len() as u64);
+    let mut request = Request { opcode: PWRITE, fd, buffer, len, offset: offset as i64, ..Request::default() };
+    let (mut context, mut event) = (0u64, Event::default());
+    let none: *const libc::timespec = std::ptr::null();
+    // SAFETY: the structures are laid out as the kernel's, and they and the bytes are there until the request has ended.
+    unsafe {
+        check(libc::syscall(libc::SYS_io_setup, 1i64, &raw mut context) as i32)?;
+        let requests = [&raw mut request];
+        let ended = check(libc::syscall(libc::SYS_io_submit, context, 1i64, requests.as_ptr()) as i32)
+            .and_then(|()| check(libc::syscall(libc::SYS_io_getevents, context, 1i64, 1i64, &raw mut event, none) as i32));
+        check(libc::syscall(libc::SYS_io_destroy, context) as i32)?;
+        ended?;
+    }
+    usize::try_from(event.result).map_err(|_| io::Error::from_raw_os_error(-event.result as i32))
+}
+
 /// This thread acts as somebody else, without any capability or further group, until this is dropped.
 pub struct Acting(std::marker::PhantomData<*mut ()>);
 

@@ -4,7 +4,7 @@
 use nix::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -142,6 +142,104 @@ fn a_directory_that_another_node_removed_is_not_taken_for_a_later_one() {
     let named = there.join(new.file_name().expect("a name"));
     fs::write(named.join("file"), "1").expect("a file");
     assert_eq!(fs::read(new.join("file")).expect("it is there"), b"1");
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_was_removed_is_still_what_it_was_for_who_holds_it() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let here = cluster.mount(1);
+    let hold = |name: &str| File::options().read(true).custom_flags(libc::O_PATH).open(here.join(name)).expect("it can be held");
+    let within = |held: &File| PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
+    for name in ["dir", "replaced", "new"] {
+        fs::create_dir(here.join(name)).expect("a directory");
+    }
+    fs::write(here.join("file"), "some").expect("a file");
+    let (dir, replaced, file) = (hold("dir"), hold("replaced"), hold("file"));
+    fs::remove_dir(here.join("dir")).expect("it can be removed");
+    fs::rename(here.join("new"), here.join("replaced")).expect("it can be replaced");
+    fs::remove_file(here.join("file")).expect("it can be removed");
+    for held in [&dir, &replaced] {
+        assert_eq!(held.metadata().expect("it is held").nlink(), 0);
+        let listed = fs::read_dir(within(held)).map(|entries| entries.filter_map(Result::ok).count());
+        assert_eq!(listed.expect("it can be opened"), 0);
+        let made = File::create(within(held).join("x")).expect_err("it is removed");
+        assert_eq!(made.raw_os_error(), Some(libc::ENOENT));
+    }
+    let m = file.metadata().expect("it is held");
+    assert_eq!((m.nlink(), m.len()), (0, 4));
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_file_handle_leads_to_the_file_on_every_node_until_it_is_removed() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    fs::create_dir_all(here.join("a/b")).expect("directories");
+    fs::write(here.join("a/b/f"), "found").expect("a file");
+    let handle = |name: &str| sys::handle(&here.join(name)).expect("a handle");
+    let (file, dir, top) = (handle("a/b/f"), handle("a/b"), handle("."));
+    let root = |mount: &Path| File::open(mount).expect("the root");
+    // The other node's kernel has none of them.
+    for mount in [&there, &here] {
+        let open = |handle| sys::open_handle(&root(mount), handle).expect("it leads somewhere");
+        assert_eq!(io::read_to_string(open(&file)).expect("it can be read"), "found");
+        let dir = open(&dir);
+        let path = fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd())).expect("its path");
+        assert_eq!(path, mount.join("a/b"), "the directories above it are found");
+        let up = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join("../../a/b/f");
+        assert_eq!(fs::read_to_string(up).expect("it can be read"), "found");
+        assert_eq!(open(&top).metadata().expect("the root").ino(), fs::metadata(mount).expect("the root").ino());
+    }
+    fs::write(there.join("new"), "1").expect("the root is as good as before");
+    fs::remove_file(here.join("a/b/f")).expect("it can be removed");
+    for mount in [&there, &here] {
+        let gone = sys::open_handle(&root(mount), &file).expect_err("it is gone");
+        assert_eq!(gone.raw_os_error(), Some(libc::ESTALE));
+        assert_eq!(fs::read_to_string(mount.join("new")).expect("a file"), "1");
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_name_that_was_moved_here_is_not_found_when_another_node_has_moved_it_on() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    for turn in 0..10 {
+        for dir in ["tmp", "new", "cur"] {
+            fs::create_dir(here.join(format!("{dir}{turn}"))).expect("a directory");
+        }
+        let [tmp, new, cur] = ["tmp", "new", "cur"].map(|dir| format!("{dir}{turn}/x"));
+        fs::write(here.join(&tmp), "1").expect("a file");
+        fs::rename(here.join(&tmp), here.join(&new)).expect("it can be moved");
+        fs::rename(there.join(&new), there.join(&cur)).expect("it can be moved on");
+        assert!(!here.join(&new).exists(), "turn {turn}");
+        assert!(here.join(&cur).exists(), "turn {turn}");
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn an_asynchronous_write_that_fails_leaves_what_other_nodes_wrote() {
+    let cluster = RealCluster::up(&Options { nodes: 2, disk_size: "256M", ..Options::default() });
+    let (here, there) = (cluster.mount(1), cluster.mount(2));
+    let file = File::options().read(true).write(true).create_new(true).custom_flags(libc::O_DIRECT).open(here.join("f"));
+    let file = file.expect("a file");
+    fs::write(there.join("f"), vec![7; 1 << 20]).expect("the other node writes");
+    let full = File::create(here.join("full")).expect("a file");
+    for part in [1 << 20, 4096] {
+        let bytes = vec![1; part];
+        let end = std::iter::repeat_with(|| (&full).write_all(&bytes)).find_map(Result::err).expect("it ends");
+        assert_eq!(end.raw_os_error(), Some(libc::ENOSPC));
+    }
+    let failed = sys::write_async(&file, &vec![9; 8192], 2 << 20).expect_err("there is no space");
+    assert_eq!(failed.raw_os_error(), Some(libc::ENOSPC));
+    for mount in [&there, &here] {
+        assert!(fs::read(mount.join("f")).expect("it can be read") == vec![7; 1 << 20], "{}", mount.display());
+    }
+    // Who asks for it gets it.
+    file.set_len(4096).expect("it can be cut");
+    assert_eq!(fs::metadata(there.join("f")).expect("it is there").len(), 4096);
 }
 
 #[test]

@@ -58,15 +58,15 @@ pub(crate) use work::{Locks, Work};
 use crate::directory::NameHash;
 use crate::error::{FsError, Result};
 use crate::format::{Superblock, Time};
-use crate::inode::{Ino, Inode, Parent};
+use crate::inode::{Attributes, Ino, Inode, Parent};
 use crate::transaction::{Source, Transaction};
 use bytes::Bytes;
 use cluster::BlockNo;
 use handles::{Names, Opens};
 use parking_lot::Mutex;
 use sld::{Disk, FlushTarget, Kind, Mode, ObjectId, Tag, Want};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Gives the time of day. Production: the wall clock; simulator: its own.
 pub type Clock = Arc<dyn Fn() -> Time + Send + Sync>;
@@ -121,7 +121,13 @@ pub struct FileSystem<D: Disk> {
     accesses: access::Accesses,
     /// Removed files whose blocks are still to be freed.
     removed: reclaim::Removed,
+    /// Told of what has no name any more.
+    on_removal: OnceLock<Box<OnRemoval>>,
 }
+
+/// Told of the attributes that an inode had when its last name was removed, and of those that it is changed to after that, by this
+/// node, while its token is held. Must return at once.
+pub type OnRemoval = dyn Fn(&Attributes) + Send + Sync;
 
 fn first_block(disk: &impl Disk) -> Result<BlockNo> {
     let first = disk.mirrors().into_iter().map(|(mirror, _)| mirror).min().ok_or(FsError::NoSpace)?;
@@ -182,11 +188,19 @@ impl<D: Disk> FileSystem<D> {
             lingering: linger::Lingering::default(),
             accesses: access::Accesses::default(),
             removed: reclaim::Removed::default(),
+            on_removal: OnceLock::new(),
         };
         if !fs.inode(fs.root()).await?.is_directory() {
             return Err(FsError::corrupt(fs.root().block(), "the root is not a directory"));
         }
         Ok(fs)
+    }
+
+    /// Sets who is told of what has lost its last name. Once.
+    pub fn on_removal(&self, tell: Box<OnRemoval>) {
+        if self.on_removal.set(tell).is_err() {
+            tracing::warn!("who is told of removals was set twice; the first one stays");
+        }
     }
 
     /// The root directory.

@@ -368,6 +368,9 @@ impl<'a, D: Disk> Work<'a, D> {
     /// Commits. The tokens stay until the result is dropped.
     pub(crate) fn commit(self) -> Result<Held<D>> {
         self.tx.commit()?;
+        if let Some(tell) = self.fs.on_removal.get() {
+            self.inodes.values().filter(|inode| inode.is_orphan()).for_each(|inode| tell(&inode.attributes()));
+        }
         Ok(self.held)
     }
 }

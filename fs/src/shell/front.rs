@@ -52,11 +52,11 @@ impl<D: Disk> Front<D> {
         Answer { thread, generation: attributes.generation, version, looked_up, how }
     }
 
-    /// Answers a thread with a name that was looked up or made.
+    /// Answers a thread with an inode that was looked up or made, and if `parent` is given with a name in that.
     pub(super) fn entry(
         &self,
         start: Moment,
-        parent: INodeNo,
+        parent: Option<INodeNo>,
         result: Result<Attributes, FsError>,
         thread: u32,
         how: How,
@@ -65,10 +65,17 @@ impl<D: Disk> Front<D> {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
-                let names = self.known.tell_name(start, parent.0, self.lifetime());
+                let names = parent.map_or(Duration::ZERO, |parent| self.known.tell_name(start, parent.0, self.lifetime()));
                 let ttl = if how == How::Forced { Duration::ZERO } else { self.lifetime() };
-                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, true, how), ttl);
-                let generation = Generation(attributes.generation);
+                // The root the kernel makes by itself, of generation 0, and counts no look-ups of it.
+                let is_root = node == INodeNo::ROOT.0;
+                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, !is_root, how), ttl);
+                let generation = Generation(if is_root { 0 } else { attributes.generation });
+                if how == How::Forced
+                    && let Some(parent) = parent
+                {
+                    self.overtake(parent, thread);
+                }
                 reply.entry_with_ttls(&ttl, &names, &self.identity.attributes(&attributes), generation);
             }
             Err(error) => reply.error(errno(&error)),
@@ -87,12 +94,24 @@ impl<D: Disk> Front<D> {
         }
     }
 
+    /// A thread has changed a directory, and is about to be told.
+    pub(super) fn overtake(&self, directory: INodeNo, thread: u32) {
+        if self.known.overtake(directory.0, thread) {
+            self.forget_attributes(directory.0);
+        }
+    }
+
+    /// Makes the kernel ask for attributes anew; returns how long to wait before something is done that relies on this.
+    pub(super) fn forget_attributes(&self, ino: u64) -> Duration {
+        let known = self.known.clone();
+        self.notify.forget_attributes(ino, move || known.contains(ino))
+    }
+
     /// To be held while a thread changes a file's data, until just before it is answered.
     pub(super) fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
         let (changing, believed) = self.known.change(ino, thread);
         if believed {
-            let known = self.known.clone();
-            self.notify.forget_attributes(ino, move || known.contains(ino));
+            self.forget_attributes(ino);
         }
         changing
     }

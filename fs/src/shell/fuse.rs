@@ -14,10 +14,12 @@
 
 use super::front::{Front, is_list};
 use super::handles;
-use super::known::{Answer, Changing, How, Known, Reach};
+use super::known::{Answer, Changing, How, Reach};
 use super::mount::TRANSFER_MAX;
 use super::rights;
+use super::serve::Peer;
 use super::signal;
+use super::syscall;
 use super::translate::{self, errno};
 use crate::ops::data::{Allocate, At, Payload, Seek, Terms};
 use crate::ops::meant;
@@ -44,8 +46,12 @@ const BACKGROUND_MAX: u16 = 128;
 /// The most that one `copy_file_range` copies before it answers.
 const COPY_MAX: u64 = 16 * 1024 * 1024;
 
-/// The handle of directories that are open for asking the kernel (`probe`): nothing is done with them.
-const PROBES: FileHandle = FileHandle(1);
+/// The most names that a listing with attributes has: all that is waited for is waited for at once.
+const LISTED: usize = 64;
+
+/// The handle of directories that are open for asking the kernel (`probe`), or were removed before: the file system does not know that
+/// they are open.
+const ASIDE: FileHandle = FileHandle(1);
 
 /// The file system as `fuser` sees it.
 pub(crate) struct Fuse<D: Disk>(pub(crate) Arc<Front<D>>);
@@ -117,20 +123,6 @@ async fn finish(changing: Option<Changing<'_>>) {
     }
 }
 
-/// Inodes that were looked up for an answer; unless it is sent they are not.
-struct LookedUp<'a> {
-    known: &'a Known,
-    nodes: Vec<u64>,
-}
-
-impl Drop for LookedUp<'_> {
-    fn drop(&mut self) {
-        for node in &self.nodes {
-            self.known.take_back(*node, 1);
-        }
-    }
-}
-
 /// What is done with every request: the shared state, when it began, who asks.
 macro_rules! operation {
     ($self:ident, $request:ident, |$front:ident, $start:ident, $caller:ident| $body:block) => {
@@ -173,6 +165,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_CACHE_SYMLINKS,
+            // File handles (of NFS servers, `open_by_handle_at`) lead to inodes that the kernel does not have.
+            InitFlags::FUSE_EXPORT_SUPPORT,
         ] {
             if config.add_capabilities(wished).is_err() {
                 tracing::info!(?wished, "not supported by this kernel");
@@ -197,17 +191,21 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
-            let _looking = front.known.look_in(parent.0);
             let dir = front.identity.ino(parent);
+            if name == b"." || name == b".." {
+                // By a file handle comes who asks for an inode itself, or for the directory that one is in. The kernel keeps no name.
+                return front.entry(start, None, front.fs.lookup(dir, &name).await, caller.pid, How::Ordinary, reply);
+            }
+            let _looking = front.known.look_in(parent.0);
             let result = front.fs.lookup(dir, &name).await;
             if let Err(error) = &result
                 && error.is_damage()
                 && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
             {
                 // Only so can it be removed or replaced. Nothing of it is believed: asking for attributes and opening fail.
-                return front.entry(start, parent, Ok(stand_in), 0, How::Forced, reply);
+                return front.entry(start, Some(parent), Ok(stand_in), 0, How::Forced, reply);
             }
-            front.entry(start, parent, result, caller.pid, How::Ordinary, reply);
+            front.entry(start, Some(parent), result, caller.pid, How::Ordinary, reply);
         });
     }
 
@@ -225,7 +223,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let _asking = front.known.ask();
             let mut attributes = match front.fs.attributes(front.identity.ino(ino)).await {
                 Ok(attributes) => attributes,
-                Err(error) => return reply.error(errno(&error)),
+                Err(error) => match front.known.remains(ino.0).filter(|_| error == FsError::Stale) {
+                    Some(attributes) => return reply.attr(&Duration::ZERO, &front.identity.attributes(&attributes)),
+                    None => return reply.error(errno(&error)),
+                },
             };
             // Asked on behalf of a read(), too: then it has a handle.
             if handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle)) {
@@ -288,6 +289,13 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             ..SetAttributes::default()
         };
         operation!(self, request, |front, start, caller| {
+            if change.size.is_some()
+                && handle.is_some_and(|handle| front.handles.has_failed(handle))
+                && !syscall::sets_size(caller.pid).await
+            {
+                // The kernel takes an asynchronous write back that has failed, and with it what other nodes have written.
+                return reply.error(Errno::EIO);
+            }
             let changing = change.size.and_then(|_| front.change(ino.0, caller.pid));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
@@ -312,7 +320,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
             let result = front.fs.make(&Caller { umask, ..caller }, front.identity.ino(parent), &name, node, mode & 0o7777).await;
-            front.entry(start, parent, result, caller.pid, How::Forced, reply);
+            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -321,7 +329,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let (caller, dir) = (Caller { umask, ..caller }, front.identity.ino(parent));
             let result = front.fs.make(&caller, dir, &name, NewNode::Directory, mode & 0o7777).await;
-            front.entry(start, parent, result, caller.pid, How::Forced, reply);
+            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -330,21 +338,25 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let target = target.as_os_str().as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Symlink(&target), 0o777).await;
-            front.entry(start, parent, result, caller.pid, How::Forced, reply);
+            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
         });
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
-            empty(front.fs.unlink(&caller, front.identity.ino(parent), &name).await, reply);
+            let result = front.fs.unlink(&caller, front.identity.ino(parent), &name).await;
+            front.overtake(parent, caller.pid);
+            empty(result, reply);
         });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
-            empty(front.fs.rmdir(&caller, front.identity.ino(parent), &name).await, reply);
+            let result = front.fs.rmdir(&caller, front.identity.ino(parent), &name).await;
+            front.overtake(parent, caller.pid);
+            empty(result, reply);
         });
     }
 
@@ -362,7 +374,19 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(flags) = translate::rename_flags(flags) else { return reply.error(Errno::EINVAL) };
             let (from, to) = (front.identity.ino(parent), front.identity.ino(new_parent));
-            empty(front.fs.rename(&caller, from, &name, to, &new_name, flags).await, reply);
+            let carry = || {
+                front.known.carry_names(parent.0, new_parent.0);
+                if flags == crate::RenameFlags::Exchange {
+                    front.known.carry_names(new_parent.0, parent.0);
+                }
+            };
+            carry();
+            let result = front.fs.rename(&caller, from, &name, to, &new_name, flags).await;
+            front.overtake(parent, caller.pid);
+            front.overtake(new_parent, caller.pid);
+            // Who looked the old name up meanwhile may have been told it later.
+            carry();
+            empty(result, reply);
         });
     }
 
@@ -370,7 +394,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.link(front.identity.ino(ino), front.identity.ino(parent), &name).await;
-            front.entry(start, parent, result, caller.pid, How::Forced, reply);
+            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -402,6 +426,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                     // One lifetime for name and attributes: none, since these may be overtaken.
                     let answer = Front::<D>::answer(caller.pid, &attributes, true, How::Forced);
                     front.known.tell(start, node, answer, Duration::ZERO);
+                    front.overtake(parent, caller.pid);
                     reply.created(
                         &Duration::ZERO,
                         &front.identity.attributes(&attributes),
@@ -473,6 +498,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
             let mut changing = front.change(ino.0, caller.pid);
+            let writing = front.handles.write(handle);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 let allowed = || !front.handles.has_lost_locks(ino.0, handle);
@@ -486,6 +512,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             };
             let result = result.await;
             finish(changing).await;
+            // Before the answer, upon which the kernel acts.
+            match result {
+                Ok(_) => writing.done(),
+                Err(_) => drop(writing),
+            }
             match result {
                 Ok(written) => reply.written(u32::try_from(written).unwrap_or(u32::MAX)),
                 Err(error) => reply.error(errno(&error)),
@@ -574,18 +605,20 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
     fn opendir(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         operation!(self, request, |front, start, caller| {
             if front.notify.recognise(caller.pid) {
-                return reply.opened(PROBES, FopenFlags::empty());
+                return reply.opened(ASIDE, FopenFlags::empty());
             }
             // A directory that is open can be asked for what it is, and has nothing in it, when it has been removed.
             match front.fs.open(front.identity.ino(ino), translate::open_flags(flags)).await {
                 Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
+                // A working directory that was removed can be opened; the kernel lets nobody list it.
+                Err(FsError::Stale) if front.known.remains(ino.0).is_some() => reply.opened(ASIDE, FopenFlags::empty()),
                 Err(error) => reply.error(errno(&error)),
             }
         });
     }
 
     fn releasedir(&self, request: &Request, ino: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        if handle == PROBES {
+        if handle == ASIDE {
             return reply.ok();
         }
         operation!(self, request, to_the_end, |front, start, caller| {
@@ -619,52 +652,39 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let identity = &front.identity;
-            let names = front.known.tell_name(start, ino.0, front.lifetime());
-            let mut looked_up = LookedUp { known: &front.known, nodes: Vec::new() };
-            let result = front
-                .fs
-                .read_directory(
-                    identity.ino(ino),
-                    offset,
-                    &mut |entry: DirEntry| {
-                        // Of a damaged inode the kernel is told a type, for no time: to look at it is EIO.
-                        let unknown = || identity.unknown(entry.ino, entry.kind);
-                        let attributes = entry.attributes.as_ref().map_or_else(unknown, |a| identity.attributes(a));
-                        let generation = entry.attributes.as_ref().map_or(entry.generation, |a| a.generation);
-                        let in_time = entry.attributes.is_some() && !front.known.is_looked_in(ino.0);
-                        let lifetime = if in_time { names } else { Duration::ZERO };
-                        let node = attributes.ino.0;
-                        let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
-                        let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);
-                        let answer = Answer { thread: caller.pid, generation, version, looked_up: true, how: How::Ordinary };
-                        // Of the others the kernel takes only the names.
-                        let ttl = if counts { front.known.tell(start, node, answer, lifetime) } else { Duration::ZERO };
-                        let name = OsStr::from_bytes(&entry.name);
-                        let full = reply.add(
-                            INodeNo(node),
-                            entry.next_cookie,
-                            name,
-                            &ttl.min(lifetime),
-                            &attributes,
-                            Generation(generation),
-                        );
-                        if counts && full {
-                            front.known.take_back(node, 1);
-                        } else if counts {
-                            looked_up.nodes.push(node);
-                        }
-                        !full
-                    },
-                    true,
-                )
-                .await;
-            match result {
-                Ok(()) => {
-                    looked_up.nodes.clear();
-                    reply.ok();
-                }
-                Err(error) => reply.error(errno(&error)),
+            let mut listed: Vec<DirEntry> = Vec::with_capacity(LISTED);
+            let mut list = |entry| {
+                listed.push(entry);
+                listed.len() < LISTED
+            };
+            if let Err(error) = front.fs.read_directory(identity.ino(ino), offset, &mut list, true).await {
+                return reply.error(errno(&error));
             }
+            // Nothing is waited for from here on: the names are told now.
+            let names = front.known.tell_name(start, ino.0, front.lifetime());
+            for entry in listed {
+                // Of a damaged inode the kernel is told a type, for no time: to look at it is EIO.
+                let unknown = || identity.unknown(entry.ino, entry.kind);
+                let attributes = entry.attributes.as_ref().map_or_else(unknown, |a| identity.attributes(a));
+                let generation = entry.attributes.as_ref().map_or(entry.generation, |a| a.generation);
+                let in_time = entry.attributes.is_some() && !front.known.is_looked_in(ino.0);
+                let lifetime = if in_time { names } else { Duration::ZERO };
+                let node = attributes.ino;
+                let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
+                let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);
+                let answer = Answer { thread: caller.pid, generation, version, looked_up: true, how: How::Ordinary };
+                // Of the others the kernel takes only the names.
+                let ttl = if counts { front.known.tell(start, node.0, answer, lifetime) } else { Duration::ZERO };
+                let name = OsStr::from_bytes(&entry.name);
+                if reply.add(node, entry.next_cookie, name, &ttl.min(lifetime), &attributes, Generation(generation)) {
+                    // It is full.
+                    if counts {
+                        front.known.take_back(node.0, 1);
+                    }
+                    break;
+                }
+            }
+            reply.ok();
         });
     }
 
@@ -706,8 +726,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
             let changing = front.change_list(&name, ino, caller.pid);
-            let result = front.fs.set_xattr_if(front.identity.ino(ino), &name, &value, mode, &permit).await;
+            let node = front.identity.ino(ino);
+            let result = front.fs.set_xattr_if(node, &name, &value, mode, &permit).await;
             front.listed(ino, changing);
+            Peer::changed(&*front, node.0);
             empty(result, reply);
         });
     }
@@ -729,8 +751,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             if is_list && front.company.has_others() {
                 // Another mount may change it without any token's moving. An invalidation makes the kernel drop also a list that
                 // is on its way to it.
-                let known = front.known.clone();
-                front.notify.forget_attributes(ino.0, move || known.contains(ino.0));
+                front.forget_attributes(ino.0);
             }
         });
     }
@@ -746,8 +767,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let permit = |found: &Attributes| rights::change_list(&caller, found);
             let changing = front.change_list(&name, ino, caller.pid);
-            let result = front.fs.remove_xattr_if(front.identity.ino(ino), &name, &permit).await;
+            let node = front.identity.ino(ino);
+            let result = front.fs.remove_xattr_if(node, &name, &permit).await;
             front.listed(ino, changing);
+            Peer::changed(&*front, node.0);
             empty(result, reply);
         });
     }

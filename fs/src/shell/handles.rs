@@ -1,4 +1,5 @@
-//! What must be known of open files by their handles: which of them have lost locks or data, and through which locks were taken.
+//! What must be known of open files by their handles: which of them have lost locks or data, through which locks were taken, and which
+//! have failed to write.
 //!
 //! **Lost locks.** When this node was cut off it has lost its locks. A process that goes on writing under a lock which another
 //! node may hold by now would damage what the lock protects. The kernel does not say under which lock a request is made, so
@@ -11,6 +12,9 @@
 //! **Lost data.** What was written behind and is lost was acknowledged to programs that have the file open for writing. Each of
 //! them must learn of it, at its own `fsync` or `close`, and none of them twice; who opens the file later finds it as it is.
 //! Reading handles take no part in it. (If nobody has it open for writing the disk remembers the loss, for the next to ask.)
+//!
+//! **Failed writes.** When an asynchronous write fails the kernel cuts the file to the size that it takes it for, which is another one if
+//! other nodes have written. After a failure the size is set through a handle only for who is seen to ask for that (`syscall`).
 //!
 //! Invariants:
 //! - A handle opened after a loss is as good as any.
@@ -50,6 +54,30 @@ pub(crate) struct Handles {
     writers: Mutex<Writers>,
     /// Owners of locks taken through a handle.
     owners: Mutex<HashMap<u64, BTreeSet<u64>>>,
+    /// Through which a write has failed.
+    failed: Mutex<BTreeSet<u64>>,
+}
+
+/// A write through a handle, which has failed unless it is said to be done.
+#[derive(Debug)]
+pub(crate) struct Writing<'a> {
+    handles: &'a Handles,
+    handle: FileHandle,
+    done: bool,
+}
+
+impl Writing<'_> {
+    pub(crate) fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.handles.failed.lock().insert(self.handle.0);
+        }
+    }
 }
 
 /// Handles that may write.
@@ -84,6 +112,16 @@ impl Handles {
     /// Whether a handle is to be told of a loss. It has been now.
     pub(crate) fn report_loss(&self, handle: FileHandle) -> bool {
         is_direct(handle) && self.writers.lock().owed.remove(&handle.0)
+    }
+
+    /// To be held while something is written through a handle.
+    pub(crate) fn write(&self, handle: FileHandle) -> Writing<'_> {
+        Writing { handles: self, handle, done: false }
+    }
+
+    /// Whether a write through a handle has failed.
+    pub(crate) fn has_failed(&self, handle: FileHandle) -> bool {
+        self.failed.lock().contains(&handle.0)
     }
 
     /// The locks on these inodes are gone.
@@ -123,6 +161,7 @@ impl Handles {
     /// The handle is released. Returns the owners whose locks end with it.
     pub(crate) fn released(&self, ino: u64, handle: FileHandle) -> impl Iterator<Item = LockOwner> + use<> {
         if is_direct(handle) {
+            self.failed.lock().remove(&handle.0);
             let writers = &mut *self.writers.lock();
             writers.owed.remove(&handle.0);
             if let Some(open) = writers.open.get_mut(&ino) {
@@ -171,6 +210,19 @@ mod tests {
         [two, later, reader].into_iter().for_each(|handle| drop(handles.released(7, handle)));
         assert!(!handles.lose_data(7), "nobody has it open for writing: the disk remembers");
         assert!(handles.writers.lock().open.len() == 1 && handles.writers.lock().owed.is_empty());
+    }
+
+    #[test]
+    fn a_write_that_is_not_done_has_failed_until_its_handle_is_released() {
+        let handles = Handles::default();
+        let (one, two) = (handles.open(7, true, 0), handles.open(7, true, 0));
+        handles.write(one).done();
+        assert!(!handles.has_failed(one));
+        drop(handles.write(one));
+        handles.write(one).done();
+        assert!(handles.has_failed(one) && !handles.has_failed(two));
+        drop(handles.released(7, one));
+        assert!(handles.failed.lock().is_empty());
     }
 
     #[test]

@@ -33,6 +33,7 @@
 use super::names::{self, Names};
 pub(crate) use super::unheard::{Data, Reach};
 use super::unheard::{Kind, Unheard};
+use crate::Attributes;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -92,6 +93,9 @@ pub(crate) enum How {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Stamp(u32);
 
+/// More than one thread.
+const SEVERAL: u32 = u32::MAX;
+
 /// The unit of `Stamp`.
 const STAMP_MS: u128 = 10;
 
@@ -109,6 +113,8 @@ struct Inode {
     lookups: u32,
     revoked_at: Stamp,
     asked_at: Stamp,
+    /// The thread that was told attributes to be believed, and may not have taken them in yet; 0: none; `SEVERAL`.
+    told: u32,
     has_taken_in: bool,
     has_pages: bool,
     attributes: bool,
@@ -128,12 +134,14 @@ struct Rest {
     asked: u8,
     /// Look-ups in this directory that are under way.
     looking: u16,
+    /// What it was when it was removed; who still holds it (as a working directory, by `O_PATH`) may ask, though nobody has it open.
+    remains: Option<Box<Attributes>>,
 }
 
 impl Rest {
     fn is_empty(&self) -> bool {
-        let Rest { names, unheard, asked, looking } = self;
-        names.is_none() && unheard.is_empty() && *asked == 0 && *looking == 0
+        let Rest { names, unheard, asked, looking, remains } = self;
+        names.is_none() && unheard.is_empty() && *asked == 0 && *looking == 0 && remains.is_none()
     }
 }
 
@@ -240,6 +248,9 @@ impl Inode {
         if thread == 0 {
             return;
         }
+        if self.told == thread {
+            self.told = 0;
+        }
         let Some(rest) = &mut self.rest else { return };
         let heard = rest.unheard.hear(thread);
         self.settled |= heard.settled;
@@ -292,6 +303,7 @@ impl Inode {
             revocation: Revocation(number),
         };
         self.attributes = false;
+        self.told = 0;
         self.unsettle(number);
         forgotten
     }
@@ -443,6 +455,9 @@ impl Known {
             }
             // The kernel makes a new inode of it, without pages. The look-ups of the old one are still to be forgotten.
             inode.generation = answer.generation;
+            if let Some(rest) = &mut inode.rest {
+                rest.remains = None;
+            }
             inode.set_pages(None);
             inode.set_taken_in(answer.version);
         }
@@ -456,7 +471,11 @@ impl Known {
         let has_other_pages = answer.version.is_some_and(|version| inode.has_other_pages(version));
         let may_believe = inode.settled && !has_other_pages && !inode.unheard().is_some_and(Unheard::is_under_change);
         let lifetime = if current && may_believe { ttl } else { Duration::ZERO };
-        inode.attributes |= !lifetime.is_zero();
+        if !lifetime.is_zero() {
+            inode.attributes = true;
+            // Whoever asked was heard just now.
+            inode.told = if inode.told == 0 && answer.thread != 0 { answer.thread } else { SEVERAL };
+        }
         if inode.lookups == 0 && !was_known {
             // Not looked up (the root, or a race with FORGET): keep the entry, the root's is never forgotten; others go with
             // the next FORGET. A stray one costs some bytes.
@@ -591,14 +610,35 @@ impl Known {
     pub(crate) fn tell_name(&self, start: Moment, directory: u64, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
-        let recently = self.elapsed(inode.revoked_at).is_some_and(|time| time < names::SHARED);
-        let contended = recently || inode.names().is_some_and(Names::are_shared);
-        if ttl.is_zero() || contended || !self.is_current(start, inode, true) {
+        if ttl.is_zero() || self.is_contended(inode) || !self.is_current(start, inode, true) {
             return Duration::ZERO;
         }
         inode.revoked_at = Stamp::default();
         inode.rest().names.get_or_insert_default().tell();
         ttl.min(names::LIFETIME)
+    }
+
+    /// A name is about to be moved from one directory to another, or was: the kernel believes it there for as long as here.
+    pub(crate) fn carry_names(&self, from: u64, to: u64) {
+        let told_at = |inode: &mut Box<Inode>| inode.names().and_then(Names::told_at);
+        let Some(told_at) = self.shard(from).lock().get_mut(&from).and_then(told_at).filter(|_| from != to) else { return };
+        let is_contended = {
+            let mut shard = self.shard(to).lock();
+            let Some(inode) = shard.get_mut(&to) else { return };
+            let is_contended = self.is_contended(inode);
+            inode.rest().names.get_or_insert_default().take_over(told_at);
+            is_contended
+        };
+        if is_contended && let Some(names) = self.shard(from).lock().get_mut(&from).and_then(|inode| inode.names_mut()) {
+            // Else others would have to wait whenever something is moved there.
+            names.contend();
+        }
+    }
+
+    /// Whether names in a directory are not to be told, since others change it.
+    fn is_contended(&self, inode: &Inode) -> bool {
+        let recently = self.elapsed(inode.revoked_at).is_some_and(|time| time < names::SHARED);
+        recently || inode.names().is_some_and(Names::are_shared)
     }
 
     /// To be held while a name is looked up in a directory.
@@ -643,6 +683,20 @@ impl Known {
         let Some(inode) = shard.get_mut(&ino) else { return false };
         inode.hear(thread);
         !inode.has_other_pages(version)
+    }
+
+    /// An inode has no name any more.
+    pub(crate) fn removed(&self, ino: u64, attributes: &Attributes) {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino)
+            && inode.generation == attributes.generation
+        {
+            inode.rest().remains = Some(Box::new(*attributes));
+        }
+    }
+
+    /// What an inode was when it was removed, for who still holds it when it is gone.
+    pub(crate) fn remains(&self, ino: u64) -> Option<Attributes> {
+        self.shard(ino).lock().get(&ino)?.rest.as_ref()?.remains.as_deref().copied()
     }
 
     /// The kernel forgot an inode that it had looked up so often.
@@ -698,6 +752,7 @@ impl Known {
         // Answers that are under way may be older.
         inode.revoked = number;
         let attributes = std::mem::take(&mut inode.attributes);
+        inode.told = 0;
         Forgotten {
             attributes,
             // What an earlier revocation wanted purged goes under this one's number now.
@@ -705,6 +760,19 @@ impl Known {
             revocation: Revocation(number),
             ..Forgotten::default()
         }
+    }
+
+    /// A thread has changed a directory, and is about to be told. The kernel then takes what it has for outdated, but not what others
+    /// have been answered and did not take in yet: whether it must be made to.
+    pub(crate) fn overtake(&self, directory: u64, thread: u32) -> bool {
+        let number = self.next_moment();
+        let mut shard = self.shard(directory).lock();
+        let Some(inode) = shard.get_mut(&directory) else { return false };
+        // Answers that are under way may be older.
+        inode.revoked = number;
+        let by_others = inode.told != 0 && inode.told != thread;
+        inode.told = 0;
+        by_others && std::mem::take(&mut inode.attributes)
     }
 
     /// Whether the pages of an inode whose last revocation was this one are to be purged now, for the sake of mappings. Who asks

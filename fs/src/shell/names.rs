@@ -34,6 +34,16 @@ impl Names {
         self.told_at = Some(Instant::now());
     }
 
+    /// When the last one was told that may not have run out yet.
+    pub(super) fn told_at(&self) -> Option<Instant> {
+        self.told_at.filter(|at| at.elapsed() < RUN_OUT)
+    }
+
+    /// A name comes from another directory, where it was told not later than this.
+    pub(super) fn take_over(&mut self, told_at: Instant) {
+        self.told_at = self.told_at.max(Some(told_at));
+    }
+
     /// Whether they had to be waited for not long ago.
     pub(super) fn are_shared(&self) -> bool {
         self.shared.is_some_and(|(since, time)| since.elapsed() < time)
@@ -41,7 +51,7 @@ impl Names {
 
     /// Another node is about to change the directory.
     pub(super) fn contend(&mut self) {
-        if self.told_at.is_some_and(|at| at.elapsed() < RUN_OUT) {
+        if self.told_at().is_some() {
             let time = match self.shared {
                 Some((since, time)) if since.elapsed() < time * 8 => (time * 2).min(SHARED_MAX),
                 _ => SHARED * 2,

@@ -13,7 +13,7 @@ use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
 use super::translate::Identity;
-use crate::{AccessTimes, FileSystem, Ino};
+use crate::{AccessTimes, Attributes, FileSystem, Ino};
 use fuser::{Config, Session, SessionACL};
 use parking_lot::Mutex;
 use sld::{Disk, Locks, Mode, ObjectId, Upcalls};
@@ -75,6 +75,12 @@ impl<D: Disk> Server<D> {
     pub fn new(fs: Arc<FileSystem<D>>) -> Self {
         let mounts = Arc::new(Mounts::default());
         fs.disk().set_upcalls(mounts.clone());
+        let told = Arc::downgrade(&mounts);
+        fs.on_removal(Box::new(move |attributes| {
+            if let Some(mounts) = told.upgrade() {
+                mounts.each(|peer| peer.removed(attributes));
+            }
+        }));
         fs.keep_replaced();
         fs.free_in_background();
         Server { fs, mounts }
@@ -311,13 +317,15 @@ impl Drop for MountHandle {
 }
 
 /// One mount, as the upcalls see it.
-trait Peer: Send + Sync {
+pub(super) trait Peer: Send + Sync {
     /// Returns after what time nothing of it is believed any more.
     fn revoked(&self, ino: u64, keep: Option<Mode>) -> Duration;
     /// This node changed attributes of an inode by itself.
     fn changed(&self, ino: u64);
     /// Written-behind data of an inode is lost.
     fn lost(&self, ino: u64);
+    /// An inode has no name any more.
+    fn removed(&self, attributes: &Attributes);
     /// All tokens were lost, and the lease before them.
     fn reset(&self);
     /// Things may change from now on without any token moving. Returns after what time nothing is believed any more.
@@ -334,8 +342,7 @@ impl<D: Disk> Peer for Front<D> {
         let forgotten = self.known.revoke(node);
         let mut wait = forgotten.names;
         if forgotten.attributes {
-            let known = self.known.clone();
-            wait = wait.max(self.notify.forget_attributes(node, move || known.contains(node)));
+            wait = wait.max(self.forget_attributes(node));
         }
         if forgotten.pages {
             self.notify.refresh(vec![(node, forgotten.revocation)]);
@@ -347,8 +354,7 @@ impl<D: Disk> Peer for Front<D> {
         let node = self.identity.node(crate::Ino(ino));
         let forgotten = self.known.changed(node);
         if forgotten.attributes {
-            let known = self.known.clone();
-            self.notify.forget_attributes(node, move || known.contains(node));
+            self.forget_attributes(node);
         }
         if forgotten.pages {
             self.notify.refresh(vec![(node, forgotten.revocation)]);
@@ -360,6 +366,10 @@ impl<D: Disk> Peer for Front<D> {
             // Who has it open for writing will be told, each once. Else the disk remembers it, for who opens it next.
             self.fs.disk().take_loss(ObjectId::Inode(ino));
         }
+    }
+
+    fn removed(&self, attributes: &Attributes) {
+        self.known.removed(self.identity.node(attributes.ino), attributes);
     }
 
     fn reset(&self) {
@@ -375,8 +385,7 @@ impl<D: Disk> Peer for Front<D> {
         for (ino, forgotten) in self.known.revoke_all() {
             wait = wait.max(forgotten.names);
             if forgotten.attributes {
-                let known = self.known.clone();
-                wait = wait.max(self.notify.forget_attributes(ino, move || known.contains(ino)));
+                wait = wait.max(self.forget_attributes(ino));
             }
             if forgotten.pages {
                 self.notify.refresh(vec![(ino, forgotten.revocation)]);

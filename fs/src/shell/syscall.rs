@@ -1,7 +1,8 @@
-//! Which system call a thread makes that waits for its answer: `flock`, or `fcntl` for its process or for an open file.
+//! Which system call a thread makes that waits for its answer.
 //!
-//! The kernel says in the request whether it is a flock, but the library between does not pass that on. Once a request has
-//! been taken from the kernel its thread stays in the system call that it is for, whatever signals it gets, until it is
+//! A lock is asked for by `flock`, or by `fcntl` for its process or for an open file: the kernel says in the request whether it is a
+//! flock, but the library between does not pass that on. A file's size is set by programs, and by the kernel itself when an asynchronous
+//! write has failed: back to what it takes for the size, which is another one if other nodes have written. Once a request has been taken from the kernel its thread stays in the system call that it is for, whatever signals it gets, until it is
 //! answered: `/proc/TID/syscall` tells which one that is.
 //!
 //! Excludes: threads that cannot be seen from here (another process namespace, a daemon that must not look at other
@@ -23,12 +24,15 @@ pub(super) enum LockCall {
 
 /// What `/proc/TID/syscall` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
+enum Place {
     /// The thread has not yet come to rest in its call.
     Running,
-    In(LockCall),
-    /// It is not in any call that locks a file: this is not the thread that asks.
-    Other,
+    /// A thread of the kernel.
+    Kernel,
+    /// In this call, with this second argument.
+    Call(i64, u64),
+    /// In none.
+    Nowhere,
 }
 
 /// Numbers of calls on 32-bit x86 and ARM, as which a process may run under a 64-bit kernel. What has these numbers there is
@@ -40,54 +44,83 @@ const SETLK_32: [u64; 2] = [13, 14];
 /// Bit of the calls of a process with 32-bit pointers on x86-64.
 const X32: i64 = 0x4000_0000;
 
-fn see(text: &str, request: i32) -> Seen {
-    let mut words = text.split_whitespace();
-    let first = words.next().unwrap_or_default();
-    if first == "running" {
-        return Seen::Running;
+/// The numbers of `truncate`, `ftruncate` and their 64-bit forms there.
+const TRUNCATE_32: [i64; 4] = [92, 93, 193, 194];
+
+impl Place {
+    fn parse(text: &str) -> Place {
+        let mut words = text.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if first == "running" {
+            return Place::Running;
+        }
+        let numbers: Vec<u64> = words.filter_map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok()).collect();
+        match first.parse::<i64>() {
+            Ok(_) if numbers.len() > 2 && numbers.iter().all(|n| *n == 0) => Place::Kernel,
+            Ok(call) if call >= 0 && numbers.len() > 2 => Place::Call(call & !X32, numbers[1]),
+            _ => Place::Nowhere,
+        }
     }
-    let numbers: Vec<u64> = words.filter_map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok()).collect();
-    let (Ok(call), true) = (first.parse::<i64>(), numbers.len() > 2) else { return Seen::Other };
-    if numbers.iter().all(|n| *n == 0) {
-        // A thread of the kernel: it locks for a client of a file server, which knows byte ranges only.
-        return Seen::In(LockCall::Process);
+
+    /// Where a thread is whose request is not yet answered; `None` if it cannot be seen.
+    async fn of(thread: u32) -> Option<Place> {
+        if thread == 0 {
+            return None;
+        }
+        let path = format!("/proc/{thread}/syscall");
+        loop {
+            match Place::parse(&std::fs::read_to_string(&path).ok()?) {
+                // It has only to give up its processor.
+                Place::Running => tokio::time::sleep(Duration::from_millis(1)).await,
+                place => return Some(place),
+            }
+        }
     }
-    let (call, second) = (call & !X32, numbers[1]);
-    if call == libc::SYS_flock || call == FLOCK_32 {
-        let wanted = match second as i32 & !libc::LOCK_NB {
-            libc::LOCK_SH => libc::F_RDLCK,
-            libc::LOCK_EX => libc::F_WRLCK,
-            libc::LOCK_UN => libc::F_UNLCK,
-            _ => return Seen::Other,
+
+    /// The call by which a lock (`F_RDLCK` …) is asked for here; `None` if there is none: this is not the thread that asks.
+    fn lock_call(self, request: i32) -> Option<LockCall> {
+        let (call, second) = match self {
+            Place::Call(call, second) => (call, second),
+            // It locks for a client of a file server, which knows byte ranges only.
+            Place::Kernel => return Some(LockCall::Process),
+            Place::Running | Place::Nowhere => return None,
         };
-        return if wanted == request { Seen::In(LockCall::Flock) } else { Seen::Other };
+        if call == libc::SYS_flock || call == FLOCK_32 {
+            let wanted = match second as i32 & !libc::LOCK_NB {
+                libc::LOCK_SH => libc::F_RDLCK,
+                libc::LOCK_EX => libc::F_WRLCK,
+                libc::LOCK_UN => libc::F_UNLCK,
+                _ => return None,
+            };
+            return (wanted == request).then_some(LockCall::Flock);
+        }
+        if call != libc::SYS_fcntl && !FCNTL_32.contains(&call) {
+            return None;
+        }
+        match second as i32 {
+            libc::F_SETLK | libc::F_SETLKW => Some(LockCall::Process),
+            libc::F_OFD_SETLK | libc::F_OFD_SETLKW => Some(LockCall::OpenFile),
+            _ if SETLK_32.contains(&second) => Some(LockCall::Process),
+            _ => None,
+        }
     }
-    if call != libc::SYS_fcntl && !FCNTL_32.contains(&call) {
-        return Seen::Other;
-    }
-    match second as i32 {
-        libc::F_SETLK | libc::F_SETLKW => Seen::In(LockCall::Process),
-        libc::F_OFD_SETLK | libc::F_OFD_SETLKW => Seen::In(LockCall::OpenFile),
-        _ if SETLK_32.contains(&second) => Seen::In(LockCall::Process),
-        _ => Seen::Other,
+
+    /// Whether a program sets a file's size here.
+    fn sets_size(self) -> bool {
+        let Place::Call(call, _) = self else { return false };
+        [libc::SYS_truncate, libc::SYS_ftruncate].contains(&call) || TRUNCATE_32.contains(&call)
     }
 }
 
 /// The call by which a thread, whose request for a lock (`F_RDLCK` …) is not yet answered, asks for it; `None` if that cannot be
 /// seen.
 pub(super) async fn lock_call(thread: u32, request: i32) -> Option<LockCall> {
-    if thread == 0 {
-        return None;
-    }
-    let path = format!("/proc/{thread}/syscall");
-    loop {
-        match see(&std::fs::read_to_string(&path).ok()?, request) {
-            Seen::In(call) => return Some(call),
-            Seen::Other => return None,
-            // It has only to give up its processor.
-            Seen::Running => tokio::time::sleep(Duration::from_millis(1)).await,
-        }
-    }
+    Place::of(thread).await?.lock_call(request)
+}
+
+/// Whether a thread is seen to set a file's size, which its request asks for.
+pub(super) async fn sets_size(thread: u32) -> bool {
+    Place::of(thread).await.is_some_and(Place::sets_size)
 }
 
 #[cfg(test)]
@@ -97,22 +130,26 @@ mod tests {
     #[test]
     fn calls_are_told_by_number_and_argument() {
         let line = |call: i64, second: i32| format!("{call} 0x4 {second:#x} 0x1 0x0 0x7eff 0x0 0x7fff12 0x7eff50");
-        let seen = |call, second, request| see(&line(call, second), request);
+        let seen = |call, second, request| Place::parse(&line(call, second)).lock_call(request);
         let (flock, fcntl) = (libc::SYS_flock, libc::SYS_fcntl);
-        assert_eq!(seen(flock, libc::LOCK_EX | libc::LOCK_NB, libc::F_WRLCK), Seen::In(LockCall::Flock));
-        assert_eq!(seen(flock, libc::LOCK_UN, libc::F_UNLCK), Seen::In(LockCall::Flock));
-        assert_eq!(seen(143, libc::LOCK_SH, libc::F_RDLCK), Seen::In(LockCall::Flock));
-        assert_eq!(seen(flock, libc::LOCK_SH, libc::F_WRLCK), Seen::Other, "another thread with that number");
-        assert_eq!(seen(fcntl, libc::F_SETLKW, libc::F_WRLCK), Seen::In(LockCall::Process));
-        assert_eq!(seen(fcntl | X32, libc::F_SETLK, libc::F_UNLCK), Seen::In(LockCall::Process));
-        assert_eq!(seen(221, 14, libc::F_WRLCK), Seen::In(LockCall::Process));
-        assert_eq!(seen(fcntl, libc::F_OFD_SETLK, libc::F_UNLCK), Seen::In(LockCall::OpenFile));
-        assert_eq!(seen(fcntl, libc::F_GETFL, libc::F_WRLCK), Seen::Other);
-        assert_eq!(seen(libc::SYS_read, 0x7eff, libc::F_WRLCK), Seen::Other);
-        assert_eq!(see("0 0x0 0x0 0x0 0x0 0x0 0x0 0x0 0x0", libc::F_WRLCK), Seen::In(LockCall::Process), "the kernel");
-        assert_eq!(see("running\n", libc::F_WRLCK), Seen::Running);
-        for garbage in ["", "-1 0x0 0x0", "x 0x0 0x0 0x0", "73"] {
-            assert_eq!(see(garbage, libc::F_WRLCK), Seen::Other, "{garbage}");
+        assert_eq!(seen(flock, libc::LOCK_EX | libc::LOCK_NB, libc::F_WRLCK), Some(LockCall::Flock));
+        assert_eq!(seen(flock, libc::LOCK_UN, libc::F_UNLCK), Some(LockCall::Flock));
+        assert_eq!(seen(143, libc::LOCK_SH, libc::F_RDLCK), Some(LockCall::Flock));
+        assert_eq!(seen(flock, libc::LOCK_SH, libc::F_WRLCK), None, "another thread with that number");
+        assert_eq!(seen(fcntl, libc::F_SETLKW, libc::F_WRLCK), Some(LockCall::Process));
+        assert_eq!(seen(fcntl | X32, libc::F_SETLK, libc::F_UNLCK), Some(LockCall::Process));
+        assert_eq!(seen(221, 14, libc::F_WRLCK), Some(LockCall::Process));
+        assert_eq!(seen(fcntl, libc::F_OFD_SETLK, libc::F_UNLCK), Some(LockCall::OpenFile));
+        assert_eq!(seen(fcntl, libc::F_GETFL, libc::F_WRLCK), None);
+        assert_eq!(seen(libc::SYS_read, 0x7eff, libc::F_WRLCK), None);
+        let kernel = Place::parse("0 0x0 0x0 0x0 0x0 0x0 0x0 0x0 0x0");
+        assert_eq!((kernel.lock_call(libc::F_WRLCK), kernel.sets_size()), (Some(LockCall::Process), false));
+        assert_eq!(Place::parse("running\n"), Place::Running);
+        for garbage in ["", "-1 0x7fff 0x7eff 0x1", "-1 0x0 0x0", "x 0x0 0x0 0x0", "73"] {
+            assert_eq!(Place::parse(garbage), Place::Nowhere, "{garbage}");
         }
+        let sets_size = |call| Place::parse(&line(call, 0)).sets_size();
+        assert!(sets_size(libc::SYS_ftruncate) && sets_size(libc::SYS_truncate | X32) && sets_size(194));
+        assert!(!sets_size(libc::SYS_io_submit) && !sets_size(libc::SYS_io_uring_enter) && !sets_size(libc::SYS_pwrite64));
     }
 }

@@ -342,3 +342,48 @@ async fn names_run_out_and_are_not_cached_in_a_directory_shared_with_writers() {
     tokio::time::advance(names::SHARED).await;
     assert_eq!(tell(), names::LIFETIME);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_moved_is_believed_where_it_was_moved_to() {
+    let known = Known::new();
+    for directory in [1, 2] {
+        known.tell(known.begin(), directory, Answer { version: None, ..look_up(0, 0) }, TTL);
+    }
+    let tell = |directory| known.tell_name(known.begin(), directory, TTL);
+    known.carry_names(1, 2);
+    assert_eq!(known.revoke(2).names, Duration::ZERO, "nothing was told");
+    tokio::time::advance(names::SHARED).await;
+    assert_eq!(tell(1), names::LIFETIME);
+    tokio::time::advance(names::LIFETIME).await;
+    known.carry_names(1, 1);
+    known.carry_names(1, 2);
+    assert_eq!(known.revoke(2).names, names::RUN_OUT - names::LIFETIME);
+    // Others use the second directory. From now on nothing is told in the first one, which would be moved there.
+    known.carry_names(1, 2);
+    assert_eq!(known.revoke(2).names, names::RUN_OUT - names::LIFETIME);
+    assert_eq!(tell(1), Duration::ZERO);
+    tokio::time::advance(names::RUN_OUT).await;
+    known.carry_names(1, 2);
+    assert_eq!(known.revoke(2).names, Duration::ZERO);
+}
+
+#[test]
+fn a_change_of_a_directory_overtakes_what_other_threads_were_answered() {
+    let known = Known::new();
+    let answer = |thread| Answer { version: None, ..look_up(thread, 0) };
+    let tell = |thread| known.tell(known.begin(), 7, answer(thread), TTL);
+    assert!(!known.overtake(7, 1), "the kernel does not know it");
+    assert_eq!(tell(1), TTL);
+    let slow = known.begin();
+    assert!(!known.overtake(7, 1), "its own answer a thread has taken in");
+    assert_eq!(known.tell(slow, 7, answer(3), TTL), Duration::ZERO, "it may be from before the change");
+    assert_eq!(tell(2), TTL);
+    known.hear(7, 2);
+    assert!(!known.overtake(7, 1), "it has come again");
+    assert_eq!(tell(2), TTL);
+    assert!(known.overtake(7, 1) && !known.overtake(7, 1));
+    assert_eq!((tell(2), tell(1)), (TTL, TTL));
+    assert!(known.overtake(7, 1), "one of two");
+    assert_eq!(tell(2), TTL);
+    assert!(known.revoke(7).attributes && !known.overtake(7, 1), "it was taken back");
+}
