@@ -7,7 +7,7 @@ use nix::libc;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -365,6 +365,14 @@ impl Directory {
         let path = c_path(path)?;
         // SAFETY: the path outlives the call.
         let dir = unsafe { libc::opendir(path.as_ptr()) };
+        if dir.is_null() { Err(io::Error::last_os_error()) } else { Ok(Directory(dir)) }
+    }
+
+    /// `fdopendir`.
+    pub fn of(file: File) -> io::Result<Directory> {
+        let fd = file.into_raw_fd();
+        // SAFETY: the descriptor is open, and nobody else's now.
+        let dir = unsafe { libc::fdopendir(fd) };
         if dir.is_null() { Err(io::Error::last_os_error()) } else { Ok(Directory(dir)) }
     }
 

@@ -172,6 +172,28 @@ fn what_was_removed_is_still_what_it_was_for_who_holds_it() {
 
 #[test]
 #[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_descriptor_with_o_noatime_leaves_no_trace() {
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let here = cluster.mount(1);
+    fs::create_dir(here.join("dir")).expect("a directory");
+    fs::write(here.join("dir/file"), "some").expect("a file");
+    let times = || ["dir", "dir/file"].map(|name| fs::metadata(here.join(name)).and_then(|m| m.accessed()).expect("a time"));
+    let read = |flags| {
+        let open = |name| sys::open(&here.join(name), false, flags).expect("it opens");
+        let (dir, mut file) = (open("dir"), open("dir/file"));
+        let within = sys::Directory::of(dir).and_then(|mut dir| dir.names()).expect("it can be listed").len();
+        assert_eq!((within, io::read_to_string(&mut file).expect("it can be read").len()), (1, 4));
+    };
+    let before = times();
+    read(libc::O_NOATIME);
+    assert_eq!(times(), before);
+    read(0);
+    let after = times();
+    assert!(after[0] > before[0] && after[1] > before[1]);
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
 fn a_file_handle_leads_to_the_file_on_every_node_until_it_is_removed() {
     let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
     let (here, there) = (cluster.mount(1), cluster.mount(2));

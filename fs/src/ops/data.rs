@@ -159,6 +159,14 @@ impl<D: Disk> FileSystem<D> {
         Ok(data)
     }
 
+    /// As `read`, but it is no access (`O_NOATIME`).
+    ///
+    /// # Errors
+    /// As `read`.
+    pub async fn read_unnoticed(&self, ino: Ino, offset: u64, size: u32) -> Result<FileData> {
+        Ok(self.again(|| self.read_data(ino, offset, size)).await?.0)
+    }
+
     /// Reads; and says what access is due to be shown.
     async fn read_data(&self, ino: Ino, offset: u64, size: u32) -> Result<(FileData, Option<Access>)> {
         let _tokens = self.tokens(&[(ino.object(), Mode::Shared)]).await?;

@@ -48,6 +48,20 @@ impl<D: Disk> FileSystem<D> {
         Ok(())
     }
 
+    /// As `read_directory`, but it is no access (`O_NOATIME`).
+    ///
+    /// # Errors
+    /// As `read_directory`.
+    pub async fn read_directory_unnoticed(
+        &self,
+        ino: Ino,
+        cookie: u64,
+        sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
+        plus: bool,
+    ) -> Result<()> {
+        self.list(ino, cookie, sink, plus).await.map(drop)
+    }
+
     /// Lists; and says what access is due to be shown.
     async fn list(
         &self,

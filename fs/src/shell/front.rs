@@ -11,7 +11,7 @@ use super::notify::Notify;
 use super::serve::Company;
 use super::translate::{self, Identity, errno};
 use crate::acl;
-use crate::{Attributes, FileSystem, FsError, Ino};
+use crate::{Attributes, DirEntry, FileSystem, FsError, Ino};
 use fuser::{FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyEntry};
 use sld::{Disk, Locks};
 use std::sync::Arc;
@@ -91,6 +91,22 @@ impl<D: Disk> Front<D> {
                 reply.attr(&Duration::ZERO, &self.identity.attributes(&attributes));
             }
             Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// Lists a directory; `unnoticed`: that is no access.
+    pub(super) async fn list(
+        &self,
+        ino: INodeNo,
+        unnoticed: bool,
+        offset: u64,
+        sink: &mut (dyn FnMut(DirEntry) -> bool + Send),
+        plus: bool,
+    ) -> Result<(), FsError> {
+        let ino = self.identity.ino(ino);
+        match unnoticed {
+            true => self.fs.read_directory_unnoticed(ino, offset, sink, plus).await,
+            false => self.fs.read_directory(ino, offset, sink, plus).await,
         }
     }
 

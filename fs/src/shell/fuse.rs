@@ -52,6 +52,8 @@ const LISTED: usize = 64;
 /// The handle of directories that are open for asking the kernel (`probe`), or were removed before: the file system does not know that
 /// they are open.
 const ASIDE: FileHandle = FileHandle(1);
+/// That of directories of which reading is no access (O_NOATIME).
+const UNNOTICED: FileHandle = FileHandle(2);
 
 /// The file system as `fuser` sees it.
 pub(crate) struct Fuse<D: Disk>(pub(crate) Arc<Front<D>>);
@@ -457,7 +459,12 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         // A direct handle fills pages, too, if it is mapped; such requests are for whole pages.
         let fills_pages = !handles::is_direct(handle) || (offset | u64::from(size)).is_multiple_of(4096);
         operation!(self, request, |front, start, caller| {
-            match front.fs.read(front.identity.ino(ino), offset, size.min(TRANSFER_MAX)).await {
+            let (node, size) = (front.identity.ino(ino), size.min(TRANSFER_MAX));
+            let read = match handles::is_unnoticed(handle) {
+                true => front.fs.read_unnoticed(node, offset, size).await,
+                false => front.fs.read(node, offset, size).await,
+            };
+            match read {
                 Ok(_) if front.handles.has_lost_locks(ino.0, handle) => reply.error(Errno::EIO),
                 Ok(data) => {
                     if fills_pages {
@@ -609,6 +616,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             // A directory that is open can be asked for what it is, and has nothing in it, when it has been removed.
             match front.fs.open(front.identity.ino(ino), translate::open_flags(flags)).await {
+                Ok(_) if flags.0 & nix::libc::O_NOATIME != 0 => reply.opened(UNNOTICED, FopenFlags::empty()),
                 Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
                 // A working directory that was removed can be opened; the kernel lets nobody list it.
                 Err(FsError::Stale) if front.known.remains(ino.0).is_some() => reply.opened(ASIDE, FopenFlags::empty()),
@@ -626,29 +634,21 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         });
     }
 
-    fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, request: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         operation!(self, request, |front, start, caller| {
             let identity = &front.identity;
-            let result = front
-                .fs
-                .read_directory(
-                    identity.ino(ino),
-                    offset,
-                    &mut |entry: DirEntry| {
-                        let node = INodeNo(identity.node(entry.ino));
-                        !reply.add(node, entry.next_cookie, translate::kind(entry.kind), OsStr::from_bytes(&entry.name))
-                    },
-                    false,
-                )
-                .await;
-            match result {
+            let mut list = |entry: DirEntry| {
+                let node = INodeNo(identity.node(entry.ino));
+                !reply.add(node, entry.next_cookie, translate::kind(entry.kind), OsStr::from_bytes(&entry.name))
+            };
+            match front.list(ino, handle == UNNOTICED, offset, &mut list, false).await {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(errno(&error)),
             }
         });
     }
 
-    fn readdirplus(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+    fn readdirplus(&self, request: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
         operation!(self, request, |front, start, caller| {
             let _asking = front.known.ask();
             let identity = &front.identity;
@@ -657,7 +657,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 listed.push(entry);
                 listed.len() < LISTED
             };
-            if let Err(error) = front.fs.read_directory(identity.ino(ino), offset, &mut list, true).await {
+            if let Err(error) = front.list(ino, handle == UNNOTICED, offset, &mut list, true).await {
                 return reply.error(errno(&error));
             }
             // Nothing is waited for from here on: the names are told now.

@@ -27,11 +27,12 @@ use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bits of a handle: it bypasses the page cache; what is written through it is durable when it is acknowledged (O_SYNC, O_DSYNC).
-/// The other bits number the handles of a mount.
+/// Bits of a handle: it bypasses the page cache; what is written through it is durable when it is acknowledged (O_SYNC, O_DSYNC);
+/// reading through it is no access (O_NOATIME). The other bits number the handles of a mount.
 const DIRECT: u64 = 1;
 const SYNCHRONOUS: u64 = 2;
-const BITS: u32 = 2;
+const UNNOTICED: u64 = 4;
+const BITS: u32 = 3;
 
 /// Whether a handle bypasses the page cache.
 pub(crate) fn is_direct(handle: FileHandle) -> bool {
@@ -41,6 +42,11 @@ pub(crate) fn is_direct(handle: FileHandle) -> bool {
 /// Whether changes through a handle are to be durable when they are acknowledged.
 pub(crate) fn is_synchronous(handle: FileHandle) -> bool {
     handle.0 & SYNCHRONOUS != 0
+}
+
+/// Whether reading through a handle is no access.
+pub(crate) fn is_unnoticed(handle: FileHandle) -> bool {
+    handle.0 & UNNOTICED != 0
 }
 
 /// The open files of one mount, as far as they are out of the ordinary.
@@ -94,7 +100,8 @@ impl Handles {
     pub(crate) fn open(&self, ino: u64, direct: bool, flags: i32) -> FileHandle {
         let number = self.opened.fetch_add(1, Ordering::SeqCst) + 1;
         let synchronous = if flags & nix::libc::O_DSYNC != 0 { SYNCHRONOUS } else { 0 };
-        let handle = FileHandle(number << BITS | synchronous | if direct { DIRECT } else { 0 });
+        let unnoticed = if flags & nix::libc::O_NOATIME != 0 { UNNOTICED } else { 0 };
+        let handle = FileHandle(number << BITS | synchronous | unnoticed | if direct { DIRECT } else { 0 });
         if direct {
             self.writers.lock().open.entry(ino).or_default().insert(handle.0);
         }
@@ -184,6 +191,7 @@ mod tests {
         let handles = Handles::default();
         let (before, other) = (handles.open(7, true, 0), handles.open(7, false, nix::libc::O_SYNC));
         assert!(is_direct(before) && !is_direct(other) && !is_synchronous(before) && is_synchronous(other));
+        assert!(!is_unnoticed(other) && is_unnoticed(handles.open(7, false, nix::libc::O_NOATIME)));
         assert!(!handles.has_lost_locks(7, before));
         handles.lose_locks([7].into_iter());
         let after = handles.open(7, true, 0);
