@@ -303,8 +303,10 @@ impl Master {
         }
         self.seq = self.seq.max(a.seq);
         match entry.holders.get_mut(from) {
-            // A revoke with a number presumed by us is on its way, and will be answered by it.
-            Some(held) if held.seq >= a.seq => held.mode = a.mode,
+            // What is asserted is older than a grant that is on its way; or a revoke is, with a number presumed by us, and will
+            // be answered by it.
+            Some(held) if held.seq > a.seq => held.mode = held.mode.max(a.mode),
+            Some(held) if held.seq == a.seq => held.mode = a.mode,
             _ => entry.holders.insert(from, Held { mode: a.mode, seq: a.seq, revoking: false }),
         }
     }
@@ -438,5 +440,45 @@ impl Master {
             assert_eq!(nodes.len(), e.queue().count(), "{object:?}: a node waits twice");
             assert_eq!(self.membership.master(*object).map(|m| m.0), Some(self.me), "{object:?} is not this master's");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cluster::{Epoch, Incarnation};
+
+    #[test]
+    fn an_assertion_that_crosses_a_newer_grant_takes_nothing_of_it_back() {
+        let members = |epoch: u64, up: &[u32]| Membership {
+            epoch: Epoch(epoch),
+            up: up.iter().map(|n| (NodeId(*n), Incarnation(1))).collect(),
+        };
+        let (me, other) = (NodeId(1), NodeId(2));
+        let (alone, both) = (members(1, &[1]), members(2, &[1, 2]));
+        let object = (0..).map(|n| ObjectId::Task(1, n)).find(|o| both.master(*o).is_some_and(|m| m.0 == me)).unwrap();
+        let mut history = History::default();
+        history.push(alone);
+        history.settle();
+        history.push(both.clone());
+        let (mut master, mut out) = (Master::default(), Vec::new());
+        master.epoch(me, &both, &history);
+        master.mirrors_recovered(&mut out);
+        let request = |mode| Msg::Request { object, mode, steal: true };
+        let asserted = |history: Vec<Epoch>, full, seq| {
+            let tokens = vec![Asserted { object, mode: Mode::Shared, seq }];
+            Msg::Reassert { history, full, tokens, opens: Vec::new(), reserved: Vec::new(), last: true }
+        };
+        // It has come in this epoch, and asserts all that it has by then: not yet what it is granted meanwhile.
+        master.receive(other, request(Mode::Shared), &mut out);
+        let Some((_, Msg::Grant { seq, .. })) = out.pop() else { panic!("{out:?}") };
+        master.receive(other, asserted(vec![Epoch(0), Epoch(2)], false, seq), &mut out);
+        assert_eq!(out.pop(), Some((other, Msg::ReassertAll)));
+        master.receive(other, request(Mode::Exclusive), &mut out);
+        let Some((_, Msg::Grant { seq: newer, mode: Mode::Exclusive, .. })) = out.pop() else { panic!("{out:?}") };
+        master.receive(other, asserted(vec![Epoch(0), Epoch(2)], true, seq), &mut out);
+        master.receive(me, request(Mode::Shared), &mut out);
+        assert_eq!(out, [(other, Msg::Revoke { object, seq: newer, keep: Some(Mode::Shared) })]);
+        master.check_invariants();
     }
 }
