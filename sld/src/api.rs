@@ -239,10 +239,12 @@ pub trait Disk: Clone + Send + Sync + 'static {
     fn take_loss(&self, object: ObjectId) -> bool;
 
     /// Declares whether this node has the object open. When the token is given up the master is told, so that
-    /// `open_elsewhere` is right on the node that gets it.
+    /// `open_elsewhere` is right on the node that gets it. It holds until it is taken back: when the node is cut off the
+    /// masters forget it, and are told again when it is let back in, before it serves anything.
     fn set_open(&self, object: ObjectId, open: bool);
 
-    /// Whether another node has the object open. Its token must be held exclusively.
+    /// Whether another node has the object open, or may have (for a moment, when a node has come or is back). Its token must
+    /// be held exclusively.
     fn open_elsewhere(&self, object: ObjectId) -> bool;
 
     /// Space of the file system.

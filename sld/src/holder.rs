@@ -9,6 +9,10 @@
 //! - One writer, or any number of readers.
 //! - A token that is given up has no users, and the shell has flushed what depends on it.
 //! - Region tokens have no users: a revoke of one never waits for an operation.
+//! - What this node has open it tells every master that it comes to have, also after it was declared dead: files stay open
+//!   though their tokens are gone.
+//! - What another node has open is known of every token held exclusively. After a node has come (back), whose files no grant
+//!   from before could tell of, all are taken to be open elsewhere until their masters have heard from it.
 //!
 //! Excludes: who else wants a token (`master`), what is dirty (`writeback`).
 
@@ -149,7 +153,11 @@ pub struct Out {
 #[derive(Clone, Debug)]
 pub struct Holder {
     objects: BTreeMap<ObjectId, Entry>,
+    /// What this node has open. An inode that was freed while the node was cut off stays in it until it is closed: that its
+    /// number is not free of this node then only delays things.
     opens: BTreeSet<ObjectId>,
+    /// Masters that have not yet heard what a node that has come (back) has open.
+    doubts: BTreeSet<NodeId>,
     /// Blocks handed over as reserved with their region.
     reserved: BTreeSet<BlockNo>,
     idle: LruCache<ObjectId, ()>,
@@ -172,6 +180,7 @@ impl Holder {
         Holder {
             objects: BTreeMap::new(),
             opens: BTreeSet::new(),
+            doubts: BTreeSet::new(),
             reserved: BTreeSet::new(),
             idle: LruCache::unbounded(),
             idle_max,
@@ -214,10 +223,17 @@ impl Holder {
         self.zombies > 0
     }
 
-    /// Whether another node had the object open when the token was granted.
+    /// Whether another node has had the object open since before the token was granted, or may have.
     #[must_use]
     pub fn open_elsewhere(&self, object: ObjectId) -> bool {
-        self.objects.get(&object).is_some_and(|e| e.open_elsewhere)
+        let doubtful = || self.membership.master(object).is_some_and(|(master, _)| self.doubts.contains(&master));
+        self.objects.get(&object).is_some_and(|e| e.open_elsewhere) || (!self.doubts.is_empty() && doubtful())
+    }
+
+    /// Whether every master knows what each member has open, and has told this node.
+    #[must_use]
+    pub fn opens_known(&self) -> bool {
+        self.doubts.is_empty()
     }
 
     /// Takes all of `wants` (sorted, no duplicates) if that needs neither a message nor waiting.
@@ -356,6 +372,9 @@ impl Holder {
 
     /// A message of the master `from`.
     pub fn receive(&mut self, from: NodeId, msg: Msg, out: &mut Out) {
+        if msg == Msg::OpensKnown {
+            self.doubts.remove(&from);
+        }
         let Some(object) = msg.object() else { return };
         if self.membership.master(object).map(|m| m.0) != Some(from) {
             return;
@@ -393,6 +412,12 @@ impl Holder {
                 self.poll(object, out);
             }
             Msg::Forgotten { object } => out.events.push(Event::Forgotten { object }),
+            Msg::Opened { object } => {
+                // Also an operation that was admitted before sees it, if it asks after this.
+                if let Some(e) = self.objects.get_mut(&object).filter(|e| e.held.is_some()) {
+                    e.open_elsewhere = true;
+                }
+            }
             Msg::Denied { object } => {
                 if let Some(e) = self.objects.get_mut(&object) {
                     e.asked = None;
@@ -583,6 +608,10 @@ impl Holder {
 
     /// A new epoch in which this node goes on with what it holds.
     pub fn epoch(&mut self, membership: &Membership, history: &History, out: &mut Out) {
+        // Doubts of the epoch before stay: what its masters did not get to say the present ones will.
+        if !self.doubts.is_empty() || membership.up.iter().any(|(n, life)| self.membership.up.get(n) != Some(life)) {
+            self.doubts = membership.up.keys().copied().collect();
+        }
         self.membership = membership.clone();
         self.unasserted = Some(history.clone());
         let moved: Vec<ObjectId> =
@@ -653,17 +682,19 @@ impl Holder {
         }
     }
 
-    /// The node was declared dead: everything is gone; those who wait must ask again. Operations that still run are waited
-    /// for before anybody is admitted.
+    /// The node was declared dead: its tokens are gone; those who wait must ask again. Operations that still run are waited
+    /// for before anybody is admitted. Its files are still open: they are asserted when it is let back in.
     pub fn reset(&mut self) {
         self.generation += 1;
         let users: u64 = self.objects.values().map(|e| u64::from(e.readers) + u64::from(e.writer)).sum();
         self.zombies += users;
         self.objects.clear();
-        self.opens.clear();
         self.reserved.clear();
         self.idle.clear();
         self.held_count = 0;
+        // Who came while it was away it cannot tell: to it they all will be new.
+        self.membership = Membership::default();
+        self.doubts.clear();
         self.unasserted = Some(History::default());
     }
 

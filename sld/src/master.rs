@@ -6,6 +6,8 @@
 //!   token makes them do so, each asked once per request.
 //! - No grant of an object that moved to this node in this epoch before every member has asserted what it holds, and
 //!   none at all before the mirrors have recovered.
+//! - A node that holds an object exclusively is told if another has it open: with the grant, or, of what is heard of only
+//!   later (from a node that was cut off and is back), by `Opened`. When all members have asserted, all are told so.
 //! - What the node that leases a region does with the region's inodes is not known here until it is asked: an unknown
 //!   inode is presumed to be held by it.
 //!
@@ -94,6 +96,15 @@ impl Entry {
 
     fn opens(&self) -> impl Iterator<Item = NodeId> {
         self.wanted.iter().flat_map(|w| &w.opens).copied()
+    }
+
+    /// Tells who holds it exclusively if another node has it open.
+    fn tell_open(&self, object: ObjectId, out: &mut Sends) {
+        if let Some((holder, _)) = self.holders.0.iter().find(|(_, h)| h.mode == Mode::Exclusive)
+            && self.opens().any(|n| n != *holder)
+        {
+            out.push((*holder, Msg::Opened { object }));
+        }
     }
 
     /// More is wanted of it.
@@ -208,6 +219,9 @@ impl Master {
             }
             Msg::Open { object, open } => {
                 self.set_open(from, object, open);
+                if let Some(e) = self.objects.get(&object).filter(|_| open) {
+                    e.tell_open(object, out);
+                }
                 self.tidy(object);
             }
             Msg::Unreserve { blocks } => {
@@ -227,6 +241,7 @@ impl Master {
                     if full || history == self.history.epochs() {
                         self.asserted(from, full, parts);
                         if self.awaiting.remove(&from) && self.awaiting.is_empty() {
+                            self.tell_opens(out);
                             self.pump_all(out);
                         }
                     } else {
@@ -240,8 +255,18 @@ impl Master {
             | Msg::Grant { .. }
             | Msg::Revoke { .. }
             | Msg::ReassertAll
+            | Msg::Opened { .. }
+            | Msg::OpensKnown
             | Msg::Nothing => {}
         }
+    }
+
+    /// All members have asserted what they have open: who was granted a token before that learns what it was not told then.
+    fn tell_opens(&self, out: &mut Sends) {
+        for (object, e) in &self.objects {
+            e.tell_open(*object, out);
+        }
+        out.extend(self.membership.up.keys().map(|n| (*n, Msg::OpensKnown)));
     }
 
     fn request(&mut self, from: NodeId, object: ObjectId, mode: Mode, steal: bool, out: &mut Sends) {

@@ -132,6 +132,14 @@ pub enum Msg {
     ReassertAll,
     /// Takes the place of a message that an epoch change made meaningless.
     Nothing,
+    /// Master to holder: another node has the object open, and may not have told so when the token was granted.
+    Opened {
+        /// What; the receiver had it exclusively.
+        object: ObjectId,
+    },
+    /// Master to holder, once in an epoch: all members have told this master what they have open, and where that makes a
+    /// difference to the receiver `Opened` went before.
+    OpensKnown,
 }
 
 impl Msg {
@@ -147,8 +155,9 @@ impl Msg {
             | Msg::Adopted { object }
             | Msg::Forget { object, .. }
             | Msg::Forgotten { object }
-            | Msg::Open { object, .. } => Some(*object),
-            Msg::Unreserve { .. } | Msg::Reassert { .. } | Msg::ReassertAll | Msg::Nothing => None,
+            | Msg::Open { object, .. }
+            | Msg::Opened { object } => Some(*object),
+            Msg::Unreserve { .. } | Msg::Reassert { .. } | Msg::ReassertAll | Msg::Nothing | Msg::OpensKnown => None,
         }
     }
 

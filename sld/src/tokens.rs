@@ -4,7 +4,8 @@
 //! - A message acts only in the epoch that both its sender and its receiver are in: older ones are dropped (their sender
 //!   sends them again in the new epoch, if they still mean something), newer ones are kept until this node is there.
 //! - In a new epoch the node asserts what it holds once the mirrors have recovered, and reports that it is done when all
-//!   members have asserted to it.
+//!   members have asserted to it, and it knows that they have to the other masters, if one of them is new.
+//! - A node that was let in serves nothing before all masters know what it has open: who sees it serve can rely on that.
 //!
 //! Excludes: what to do about events (the shell), and clocks: the shell witnesses an envelope's clock before `receive`.
 
@@ -39,6 +40,8 @@ pub struct Tokens {
     epoch: Epoch,
     recovered: Layer,
     member: bool,
+    /// Since it became a member, it has recovered in some epoch.
+    serving: bool,
     finished: bool,
     membership: Membership,
     history: History,
@@ -61,6 +64,7 @@ impl Tokens {
             epoch: Epoch(0),
             recovered: Layer::None,
             member: false,
+            serving: false,
             finished: false,
             membership: Membership::default(),
             history: History::default(),
@@ -126,7 +130,7 @@ impl Tokens {
         self.links.retain(|n, l| self.membership.up.get(n) == Some(&l.incarnation) && old.up.get(n) == Some(&l.incarnation));
         for link in self.links.values_mut() {
             link.blank(|m| match m {
-                Msg::Reassert { .. } | Msg::ReassertAll => true,
+                Msg::Reassert { .. } | Msg::ReassertAll | Msg::OpensKnown => true,
                 Msg::Unreserve { blocks } => blocks.iter().any(|b| history.moved(crate::message::region_of(*b))),
                 m => m.object().is_some_and(|o| history.moved(o)),
             });
@@ -156,6 +160,7 @@ impl Tokens {
 
     fn lose_everything(&mut self, step: &mut Step) {
         self.member = false;
+        self.serving = false;
         self.finished = false;
         self.recovered = Layer::None;
         self.history = History::default();
@@ -198,9 +203,12 @@ impl Tokens {
     fn act(&mut self, from: NodeId, msg: Msg, step: &mut Step) {
         let mut out = Out::default();
         match msg {
-            Msg::Grant { .. } | Msg::Denied { .. } | Msg::Revoke { .. } | Msg::Forgotten { .. } => {
-                self.holder.receive(from, msg, &mut out)
-            }
+            Msg::Grant { .. }
+            | Msg::Denied { .. }
+            | Msg::Revoke { .. }
+            | Msg::Forgotten { .. }
+            | Msg::Opened { .. }
+            | Msg::OpensKnown => self.holder.receive(from, msg, &mut out),
             Msg::ReassertAll => self.holder.reassert_all(from, &self.history, &mut out),
             Msg::Nothing => {}
             _ => self.master.receive(from, msg, &mut out.sends),
@@ -227,8 +235,9 @@ impl Tokens {
         while let Some(msg) = self.local.pop_front() {
             self.act(self.me, msg, step);
         }
-        if self.member && !self.finished && self.recovered >= Layer::Mirror && self.master.complete() {
-            self.finished = true;
+        let complete = self.recovered >= Layer::Mirror && self.master.complete() && self.holder.opens_known();
+        if self.member && !self.finished && complete {
+            (self.finished, self.serving) = (true, true);
             step.finished = Some(self.epoch);
         }
         self.flush_links(now, false, step);
@@ -261,10 +270,10 @@ impl Tokens {
         self.epoch
     }
 
-    /// Whether the node is a member of its epoch.
+    /// Whether the node is a member of its epoch, and all masters have heard what it has open.
     #[must_use]
-    pub fn member(&self) -> bool {
-        self.member
+    pub fn serving(&self) -> bool {
+        self.serving
     }
 
     /// Objects that this node's master knows of.

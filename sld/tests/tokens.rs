@@ -2,12 +2,13 @@
 //! pairs of nodes, sessions that break, nodes that die, are cut off and come back, and epochs that some nodes skip.
 //!
 //! Checked at every step: an object that one node holds exclusively no other holds; what an operation reads under its
-//! token is what the last one wrote, on whatever node. At the end: every operation that waited was served.
+//! token is what the last one wrote, on whatever node; who holds an object exclusively knows whether it is open on another
+//! node, also on one that was cut off and is back. At the end: every operation that waited was served.
 
 use cluster::sim::{Rng, test_config};
 use cluster::{BlockNo, Config, Epoch, Incarnation, Instant, Layer, MirrorId, NodeId, View};
 use sld::allocator::{Allocator, Outcome, Question, RegionId, Use};
-use sld::holder::{Event, Forgotten, WaiterId};
+use sld::holder::{Event, WaiterId};
 use sld::message::Envelope;
 use sld::tokens::{Step, Tokens};
 use sld::{Mode, ObjectId};
@@ -73,7 +74,12 @@ struct World {
     created: u64,
     freed: u64,
     epochs: u64,
-    opens: BTreeSet<(NodeId, ObjectId)>,
+    /// What is open where, and the generation of the node's tokens when it was opened.
+    opens: BTreeMap<(NodeId, ObjectId), u64>,
+    /// Those of them that were freed, or never became durable, while their node was away: nobody owes them anything.
+    gone: BTreeSet<(NodeId, ObjectId)>,
+    /// How often somebody had an inode to himself that another node had open since before it was cut off.
+    kept: u64,
     steal: bool,
 }
 
@@ -97,7 +103,9 @@ impl World {
             created: 0,
             freed: 0,
             epochs: 1,
-            opens: BTreeSet::new(),
+            opens: BTreeMap::new(),
+            gone: BTreeSet::new(),
+            kept: 0,
             steal: seed.is_multiple_of(2),
         };
         for n in 1..=count {
@@ -143,7 +151,6 @@ impl World {
             for op in &mut node.ops {
                 op.waiter = None;
             }
-            self.opens.retain(|(n, _)| *n != id);
         }
         let mut outcome = Outcome::default();
         while !step.events.is_empty() {
@@ -267,9 +274,6 @@ impl World {
         let token = node.tokens.with(now, &mut step, |h, out| h.forget(inode(b), out));
         node.allocator.durable(b, &mut o);
         node.allocator.freed(b, token, &mut o);
-        if matches!(token, Forgotten::Dropped | Forgotten::Released) {
-            self.opens.remove(&(id, inode(b)));
-        }
         self.step(id, |_, _, s| *s = step);
         self.outcome(id, o);
     }
@@ -379,29 +383,25 @@ impl World {
                 let seen = node.dirty.get(&b).copied().unwrap_or_else(|| self.disk.get(&b).copied());
                 assert_eq!(seen, self.truth.get(&b).copied(), "{id} reads {b} under its token ({mode:?})");
                 if let (Some(_), Mode::Exclusive) = (seen, mode) {
-                    let elsewhere = self.opens.iter().any(|(n, o)| *n != id && o == object);
                     let told = node.tokens.holder.open_elsewhere(*object);
-                    assert!(told || !elsewhere, "{id} is not told that {b} is open elsewhere");
+                    let elsewhere: Vec<_> = self.opens.iter().filter(|((n, o), _)| *n != id && o == object).collect();
+                    let before = |n: NodeId, opened: u64| opened < self.nodes[&n].tokens.holder.generation();
+                    self.kept += u64::from(elsewhere.iter().any(|((n, o), g)| self.counts(*n, *o) && before(*n, **g)));
                     match op.kind {
                         Kind::Use => self.write(id, b),
-                        Kind::Free if !elsewhere => {
+                        Kind::Free if !told => {
+                            let open: Vec<_> = elsewhere.into_iter().map(|(who, _)| *who).collect();
+                            assert!(open.iter().all(|(n, o)| !self.counts(*n, *o)), "{id} frees {b}, which is open: {open:?}");
+                            self.gone.extend(open);
                             self.freed += 1;
                             self.truth.remove(&b);
-                            self.opens.remove(&(id, *object));
-                            self.step(id, |t, now, s| t.with(now, s, |h, out| h.set_open(inode(b), false, out)));
+                            self.close(id, *object);
                             self.nodes.get_mut(&id).unwrap().dirty.insert(b, None);
                         }
                         Kind::Free => {}
                     }
-                } else if seen.is_some() && self.rng.percent(20) {
-                    let open = self.rng.percent(60);
-                    if open {
-                        self.opens.insert((id, *object));
-                    } else {
-                        self.opens.remove(&(id, *object));
-                    }
-                    let object = *object;
-                    self.step(id, |t, now, s| t.with(now, s, |h, out| h.set_open(object, open, out)));
+                } else if seen.is_some() && self.rng.percent(60) {
+                    self.open(id, *object);
                 }
             }
         }
@@ -412,6 +412,41 @@ impl World {
                 }
             });
         });
+    }
+
+    /// Opens an inode whose token is held.
+    fn open(&mut self, id: NodeId, object: ObjectId) {
+        let generation = self.nodes[&id].tokens.holder.generation();
+        // Of two handles the older one counts. What it had open may have been another inode in the same block.
+        if self.gone.remove(&(id, object)) {
+            self.opens.remove(&(id, object));
+        }
+        if self.opens.contains_key(&(id, object)) {
+            return;
+        }
+        self.opens.insert((id, object), generation);
+        self.step(id, |t, now, s| t.with(now, s, |h, out| h.set_open(object, true, out)));
+    }
+
+    /// Closes it: that needs no token, and is done whether the node is a member or not.
+    fn close(&mut self, id: NodeId, object: ObjectId) {
+        self.opens.remove(&(id, object));
+        self.gone.remove(&(id, object));
+        self.step(id, |t, now, s| t.with(now, s, |h, out| h.set_open(object, false, out)));
+    }
+
+    fn close_one(&mut self) {
+        let open: Vec<_> = self.opens.keys().copied().collect();
+        if let Some((id, object)) = self.rng.pick(&open).copied() {
+            self.close(id, object);
+        }
+    }
+
+    /// Whether others have to spare an inode since this node has it open.
+    fn counts(&self, id: NodeId, object: ObjectId) -> bool {
+        let here = |n: &Node| !n.fenced && n.tokens.serving();
+        let open = self.opens.contains_key(&(id, object)) && !self.gone.contains(&(id, object));
+        open && self.nodes.get(&id).is_some_and(here)
     }
 
     fn finish_revoke(&mut self) {
@@ -528,8 +563,11 @@ impl World {
                     None => drop(self.truth.remove(&b)),
                 }
             }
-            self.opens.retain(|(n, _)| *n != id);
+            let stored = |o: &ObjectId| matches!(o, ObjectId::Inode(p) if self.disk.contains_key(&BlockNo::unpack(*p)));
+            self.gone.extend(self.opens.keys().filter(|(n, o)| *n == id && !stored(o)).copied());
             if self.rng.percent(50) {
+                self.opens.retain(|(n, _), _| *n != id);
+                self.gone.retain(|(n, _)| *n != id);
                 self.nodes.remove(&id);
                 self.adopted.remove(&id);
                 self.finished.remove(&id);
@@ -585,6 +623,11 @@ impl World {
         for (object, held) in holders {
             let exclusive = held.iter().any(|(_, m)| *m == Mode::Exclusive);
             assert!(!exclusive || held.len() == 1, "{object:?} is held by {held:?} at {}", self.now);
+            for (opener, _) in self.opens.keys().filter(|(n, o)| *o == object && self.counts(*n, *o)) {
+                let (holder, _) = held[0];
+                let told = || self.nodes[&holder].tokens.holder.open_elsewhere(object);
+                assert!(!exclusive || holder == *opener || told(), "{holder} is not told that {opener} has {object:?} open");
+            }
         }
     }
 
@@ -612,6 +655,7 @@ impl World {
                     }
                 }
                 98 if changes && self.rng.percent(30) => self.change(),
+                99 if self.rng.percent(30) => self.close_one(),
                 _ => {}
             }
             self.check();
@@ -674,7 +718,7 @@ fn tokens_exclude_and_everybody_is_served() {
 
 #[test]
 fn and_so_they_do_when_nodes_die_and_come_back() {
-    let (mut served, mut epochs, mut created) = (0, 0, 0);
+    let (mut served, mut epochs, mut created, mut kept) = (0, 0, 0, 0);
     for seed in seeds(1000, 25) {
         print!("seed {seed} ");
         let mut w = World::new(seed, 2 + (seed % 3) as u32);
@@ -682,6 +726,111 @@ fn and_so_they_do_when_nodes_die_and_come_back() {
         served += w.served;
         epochs += w.epochs;
         created += w.created;
+        kept += w.kept;
     }
-    assert!(served > 2500 && epochs > 100 && created > 100, "{served} {epochs} {created}");
+    assert!(served > 2500 && epochs > 100 && created > 100 && kept > 0, "{served} {epochs} {created} {kept}");
+}
+
+impl World {
+    /// All that can be done without a new operation is done.
+    fn quiet(&mut self) {
+        for _ in 0..2000 {
+            self.now += 1;
+            for id in self.up() {
+                self.show(id);
+                self.step(id, |t, now, step| t.tick(now, step));
+                self.check();
+            }
+            while self.deliver() {
+                self.check();
+            }
+            self.finish_revoke();
+            self.check();
+            let quiet = self.nodes.values().all(|n| n.revokes.is_empty()) && self.recovered == Layer::Fs;
+            if quiet && self.wires.values().all(VecDeque::is_empty) {
+                return;
+            }
+        }
+        panic!("it does not become quiet");
+    }
+
+    /// Takes a token.
+    fn take(&mut self, id: NodeId, object: ObjectId, mode: Mode) {
+        let generation = self.nodes[&id].tokens.holder.generation();
+        let op = Op { kind: Kind::Use, wants: vec![(object, mode)], held: 0, generation, waiter: None };
+        self.nodes.get_mut(&id).unwrap().ops.push(op);
+        self.next_wants(id);
+        self.quiet();
+        assert_eq!(self.nodes[&id].ops[0].held, 1, "{id} gets {object:?}");
+    }
+
+    fn give(&mut self, id: NodeId) {
+        let op = self.nodes.get_mut(&id).unwrap().ops.remove(0);
+        let (object, mode) = op.wants[0];
+        self.step(id, |t, now, step| t.with(now, step, |h, out| h.done(op.generation, object, mode, out)));
+    }
+
+    /// Whether a node that unlinks it may free it at once.
+    fn may_free(&mut self, id: NodeId, object: ObjectId) -> bool {
+        self.take(id, object, Mode::Exclusive);
+        let told = self.nodes[&id].tokens.holder.open_elsewhere(object);
+        self.give(id);
+        !told
+    }
+
+    /// A node is declared dead without having been told, or let back in, without anybody having been told.
+    fn declare(&mut self, id: NodeId, up: bool) {
+        let n = self.config.nodes.get_mut(&id).unwrap();
+        n.up = up;
+        if up {
+            n.incarnation = Incarnation(n.incarnation.0 + 1);
+        } else {
+            self.nodes.get_mut(&id).unwrap().fenced = true;
+        }
+        self.new_epoch();
+    }
+}
+
+/// With the token at the node that is going to unlink the file (which was told, when it got it, that the file is not open), at a
+/// third one, or at the one that was cut off, which opens the file once more; and not if the file is closed meanwhile.
+#[test]
+fn a_file_that_is_open_on_a_node_that_was_cut_off_and_is_back_is_open_elsewhere() {
+    let (a, b, c) = (NodeId(1), NodeId(2), NodeId(3));
+    for region in 0..REGIONS {
+        for case in 0..4 {
+            let mut w = World::new(u64::from(region), 3);
+            w.quiet();
+            let object = inode(block(region, 1));
+            w.take(a, object, Mode::Shared);
+            w.open(a, object);
+            w.give(a);
+            w.quiet();
+            assert!(!w.may_free(b, object), "it is open");
+            w.declare(a, false);
+            w.quiet();
+            // Nobody knows any more that it is open, wherever the token is.
+            w.take(c, object, if case == 1 { Mode::Exclusive } else { Mode::Shared });
+            w.give(c);
+            if case != 1 {
+                assert!(w.may_free(b, object), "all that a dead node had is gone");
+            }
+            if case == 3 {
+                // Closed while the node is away.
+                w.close(a, object);
+            }
+            w.declare(a, true);
+            w.quiet();
+            if case == 2 {
+                // Opened a second time: of that nobody is told.
+                w.take(a, object, Mode::Shared);
+                w.open(a, object);
+                w.give(a);
+            }
+            assert_eq!(w.may_free(b, object), case == 3, "region {region}, case {case}");
+            assert!(w.may_free(a, object), "it is not open anywhere else");
+            w.close(a, object);
+            w.quiet();
+            assert!(w.may_free(b, object), "closed everywhere: region {region}, case {case}");
+        }
+    }
 }

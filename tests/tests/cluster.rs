@@ -5,7 +5,7 @@ use nix::libc;
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -714,6 +714,49 @@ fn a_frozen_node_serves_nothing_stale() {
         file.write_all_at(b"back", 0).expect("it can be written");
     });
     assert_eq!(sh(&cluster.mount(3), "cat file"), "backcontents");
+}
+
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_file_that_is_open_on_a_node_that_was_cut_off_outlives_an_unlink_after_that() {
+    let cluster = RealCluster::up(&Options { netns: true, ..Options::default() });
+    cluster.wait_healthy();
+    // One that is freed with its name, and one that is freed afterwards; each opened once, or once more when the node is back.
+    let files = [("small", 60), ("small-twice", 60), ("large", 300_000), ("large-twice", 300_000)];
+    let (near, far) = (cluster.mount(1), cluster.mount(2));
+    write_synced(&near.join("other"), b"other");
+    // Nothing of them is read, and so in the kernel's cache, before they have been removed.
+    let held = files.map(|(name, len)| {
+        write_synced(&near.join(name), &pattern(7, 0, len));
+        File::open(far.join(name)).expect("it can be opened")
+    });
+    cluster.verb("cut", &[2]);
+    cluster.wait_status(2, "it is cut off", Duration::from_secs(15), |s| s["current"] == false);
+    // The node that will remove them has them to itself, and nobody tells it any more that they are open.
+    let paths = files.map(|(name, _)| near.join(name));
+    within(Duration::from_secs(20), "changing files while a node is cut off", move || {
+        for path in paths {
+            fs::set_permissions(path, PermissionsExt::from_mode(0o640)).expect("it can be changed");
+        }
+    });
+    cluster.verb("heal", &[2]);
+    let path = far.join("other");
+    within(LONG, "reading once the node is back", move || fs::read(path)).expect("it can be read");
+    let again = files.map(|(name, _)| name.contains("twice").then(|| File::open(far.join(name)).expect("it can be opened")));
+    for (name, _) in files {
+        fs::remove_file(near.join(name)).expect("it can be removed");
+    }
+    sh(&near, "sync; echo new >new; sync");
+    for (((name, len), held), again) in files.iter().zip(held).zip(again) {
+        for mut file in [Some(held), again].into_iter().flatten() {
+            let mut read = Vec::new();
+            let result = file.read_to_end(&mut read);
+            assert!(result.is_ok() && read == pattern(7, 0, *len), "{name}: {result:?}\n{}", cluster.logs());
+            assert_eq!(file.metadata().expect("it is there").len(), *len as u64, "{name}");
+        }
+    }
+    cluster.wait_healthy();
+    cluster.fsck(3);
 }
 
 #[test]

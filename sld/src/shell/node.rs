@@ -264,7 +264,7 @@ impl Node {
             if self.is_stopped() {
                 return Err(DiskError::Shutdown);
             }
-            if self.cluster.lease_valid() && self.look(|t| t.member()) {
+            if self.cluster.lease_valid() && self.look(|t| t.serving()) {
                 return Ok(());
             }
             tokio::time::sleep(LEASE_POLL).await;
