@@ -604,7 +604,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             return reply.error(Errno::EIO);
         }
         let (first, last) = (start, end);
-        operation!(self, request, |front, start, caller| {
+        // Also if its caller is being killed: what is held then only the master can say (an open file's locks may be another
+        // process's, too). The wait itself ends with any signal.
+        operation!(self, request, to_the_end, |front, start, caller| {
             front.set_lock(caller.pid, ino, handle, owner, first, last, typ, pid, sleep, reply).await;
         });
     }

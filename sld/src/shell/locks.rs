@@ -1,8 +1,9 @@
 //! `Locks`: one node's part in the cluster-wide byte-range locks. Runs the cores of `crate::locks`.
 //!
 //! Invariants:
-//! - A wait that is interrupted ends with the master's word on whether the lock was granted first. One whose future is
-//!   dropped is cancelled, and the range given up.
+//! - A wait that is interrupted ends with the master's word on whether the lock was granted first, or with the node's place in
+//!   the cluster. One whose future is dropped is cancelled, and the range given up, with what was held of it before: only for
+//!   owners that are no more.
 
 use crate::api::{DiskError, ObjectId};
 use crate::locks::master::Early;

@@ -2,19 +2,22 @@
 //!
 //! Checked, for `flock`, `fcntl` and open-file locks, between processes of one node and of two: which locks exclude each
 //! other, and that those of `flock` and of `fcntl` never do; ranges that are split, joined, upgraded and downgraded; waiting,
-//! and dying while waiting; a counter in a file that all increment under the lock, which also tells the rate; and that a circle
-//! of waiters is broken (`fcntl`), or left alone. With directories of one local file system it says what is right there.
+//! and dying while waiting, also for more of what is held with a parent; a counter in a file that all increment under the lock,
+//! which also tells the rate; and that a circle of waiters is broken (`fcntl`), or left alone. With directories of one local
+//! file system it says what is right there.
 //!
 //! `locks worker FILE…` is the process that does the locking (see `tests::locker`).
 
 use clap::{Parser, Subcommand};
 use nix::libc;
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 use tests::cluster::clock;
 use tests::locker::{Worker, ok, work};
+use tests::sys::{LockKind, LockMode, lock, open};
 
 /// File locks of several nodes.
 #[derive(Parser)]
@@ -42,6 +45,8 @@ enum Verb {
         /// Files to open.
         files: Vec<PathBuf>,
     },
+    /// Waits for an exclusive open-file lock of all of the file that is its input.
+    Upgrade,
 }
 
 const SOON: Duration = Duration::from_secs(10);
@@ -302,6 +307,34 @@ impl Bench {
         Ok(())
     }
 
+    /// A process shares an open file with its parent, and is killed while it waits for a stronger lock: what both held before
+    /// the parent still holds.
+    fn sharing(&self) -> Checked {
+        for (near, far) in self.pairs() {
+            // Whatever looks at the waiter from time to time sees it die, also at the same moment.
+            for after in [100, 470, 480, 490] {
+                let file = self.file();
+                let mut b = self.worker(&[&file[far]]);
+                let parent = open(&file[near], true, 0).map_err(|e| e.to_string())?;
+                lock(&parent, LockKind::OpenFile, LockMode::Read, 0, 0, false).map_err(|e| format!("locking: {e}"))?;
+                same("sharing", b.ask("ofd 0 sh"), ok())?;
+                let input = parent.try_clone().map_err(|e| e.to_string())?;
+                let child = Command::new(&self.program).arg("upgrade").stdin(input).spawn();
+                let mut child = child.map_err(|e| e.to_string())?;
+                std::thread::sleep(Duration::from_millis(after));
+                let waits = child.try_wait().map_err(|e| e.to_string())?.is_none();
+                same("waiting for the other", waits, true)?;
+                child.kill().and_then(|()| child.wait()).map_err(|e| e.to_string())?;
+                let what = format!("nodes {near} and {far}, killed after {after} ms");
+                same("unlocking", b.ask("ofd 0 un"), ok())?;
+                same(&format!("{what}: the parent's lock"), b.ask("ofd 0 ex"), Err(libc::EAGAIN))?;
+                drop(parent);
+                same(&format!("{what}: once the parent has closed it"), b.ask("ofd 0 ex 0 0 wait"), ok())?;
+            }
+        }
+        Ok(())
+    }
+
     /// A holder that is killed lets go.
     fn ending(&self) -> Checked {
         for (near, far) in self.pairs() {
@@ -408,7 +441,7 @@ impl Bench {
 
 fn check(bench: &Bench, only: &str) -> bool {
     type Check = fn(&Bench) -> Checked;
-    let checks: [(&str, Check); 11] = [
+    let checks: [(&str, Check); 12] = [
         ("conflicts", Bench::conflicts),
         ("spaces", Bench::spaces),
         ("its-space", Bench::waiting_in_its_space),
@@ -417,6 +450,7 @@ fn check(bench: &Bench, only: &str) -> bool {
         ("ranges", Bench::ranges),
         ("waiting", Bench::waiting),
         ("killing", Bench::killing),
+        ("sharing", Bench::sharing),
         ("ending", Bench::ending),
         ("counting", Bench::counting),
         ("deadlocks", Bench::deadlocks),
@@ -444,6 +478,13 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Verb::Upgrade => {
+            let upgraded = std::io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .and_then(|input| lock(&File::from(input), LockKind::OpenFile, LockMode::Write, 0, 0, true));
+            if upgraded.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
         Verb::Check { dirs, counts, only } => {
             let program = std::env::current_exe().unwrap_or_default();
             let bench = Bench { program, dirs, counts, made: std::cell::Cell::new(0) };
