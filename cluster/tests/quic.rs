@@ -182,7 +182,7 @@ async fn strangers_get_nothing() {
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    tls.alpn_protocols = vec![b"pulsar/1".to_vec()];
+    tls.alpn_protocols = vec![cluster::shell::transport::ALPN_MEMBER.to_vec()];
     let config = quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap()));
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let name = cluster::shell::transport::node_name(NodeId(1), &one.identity.cluster);

@@ -17,7 +17,7 @@ pub mod testing;
 mod tether;
 mod tls;
 
-pub use tls::{ALPN_JOIN, TlsIdentity, is_certificate_of, node_name};
+pub use tls::{ALPN_JOIN, ALPN_MEMBER, TlsIdentity, is_certificate_of, node_name};
 
 use crate::BoxFuture;
 use crate::ids::{Incarnation, NodeId};
