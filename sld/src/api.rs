@@ -243,9 +243,9 @@ pub trait Disk: Clone + Send + Sync + 'static {
     /// masters forget it, and are told again when it is let back in, before it serves anything.
     fn set_open(&self, object: ObjectId, open: bool);
 
-    /// Whether another node has the object open, or may have (for a moment, when a node has come or is back). Its token must
-    /// be held exclusively.
-    fn open_elsewhere(&self, object: ObjectId) -> bool;
+    /// Whether another node has the object open; `None`: that will be known in a moment (a node has come or is back). Its
+    /// token must be held exclusively.
+    fn open_elsewhere(&self, object: ObjectId) -> Option<bool>;
 
     /// Space of the file system.
     fn usage(&self) -> impl Future<Output = Result<Usage, DiskError>> + Send;

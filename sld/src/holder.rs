@@ -12,7 +12,7 @@
 //! - What this node has open it tells every master that it comes to have, also after it was declared dead: files stay open
 //!   though their tokens are gone.
 //! - What another node has open is known of every token held exclusively. After a node has come (back), whose files no grant
-//!   from before could tell of, all are taken to be open elsewhere until their masters have heard from it.
+//!   from before could tell of, it is not known until their masters have heard from it.
 //!
 //! Excludes: who else wants a token (`master`), what is dirty (`writeback`).
 
@@ -223,11 +223,14 @@ impl Holder {
         self.zombies > 0
     }
 
-    /// Whether another node has had the object open since before the token was granted, or may have.
+    /// Whether another node has had the object open since before the token was granted; `None` if that is not known yet.
     #[must_use]
-    pub fn open_elsewhere(&self, object: ObjectId) -> bool {
-        let doubtful = || self.membership.master(object).is_some_and(|(master, _)| self.doubts.contains(&master));
-        self.objects.get(&object).is_some_and(|e| e.open_elsewhere) || (!self.doubts.is_empty() && doubtful())
+    pub fn open_elsewhere(&self, object: ObjectId) -> Option<bool> {
+        let is_doubtful = || self.membership.master(object).is_some_and(|(master, _)| self.doubts.contains(&master));
+        match self.objects.get(&object).is_some_and(|e| e.open_elsewhere) {
+            false if !self.doubts.is_empty() && is_doubtful() => None,
+            known => Some(known),
+        }
     }
 
     /// Whether every master knows what each member has open, and has told this node.

@@ -41,6 +41,8 @@ struct State {
     blocks: Image,
     open: BTreeSet<ObjectId>,
     open_elsewhere: BTreeSet<ObjectId>,
+    /// It is not known what other nodes have open.
+    in_doubt: bool,
     lost: Vec<FlushTarget>,
     refused: u32,
     damaged: BTreeSet<BlockNo>,
@@ -149,6 +151,11 @@ impl MemoryDisk {
     #[must_use]
     pub fn recorded(&self) -> Vec<Operation> {
         self.shared.state.lock().recorded.take().unwrap_or_default()
+    }
+
+    /// Lets it not be known what other nodes have open.
+    pub fn set_in_doubt(&self, in_doubt: bool) {
+        self.shared.state.lock().in_doubt = in_doubt;
     }
 
     /// Lets it seem that another node has an object open.
@@ -377,8 +384,9 @@ impl Disk for MemoryDisk {
         }
     }
 
-    fn open_elsewhere(&self, object: ObjectId) -> bool {
-        self.shared.state.lock().open_elsewhere.contains(&object)
+    fn open_elsewhere(&self, object: ObjectId) -> Option<bool> {
+        let state = self.shared.state.lock();
+        (!state.in_doubt).then(|| state.open_elsewhere.contains(&object))
     }
 
     async fn usage(&self) -> Result<Usage, DiskError> {

@@ -298,17 +298,17 @@ async fn open_elsewhere_is_known_to_the_one_who_has_it_alone() {
     {
         let disk = w.disk(1);
         let _t = disk.acquire(&[(inode(a), Mode::Exclusive)]).await.unwrap();
-        assert!(disk.open_elsewhere(inode(a)));
+        assert_eq!(disk.open_elsewhere(inode(a)), Some(true));
     }
     {
         let disk = w.disk(2);
         let _t = disk.acquire(&[(inode(a), Mode::Exclusive)]).await.unwrap();
-        assert!(!disk.open_elsewhere(inode(a)), "only here");
+        assert_eq!(disk.open_elsewhere(inode(a)), Some(false), "only here");
         disk.set_open(inode(a), false);
     }
     let disk = w.disk(3);
     let _t = disk.acquire(&[(inode(a), Mode::Exclusive)]).await.unwrap();
-    assert!(!disk.open_elsewhere(inode(a)));
+    assert_eq!(disk.open_elsewhere(inode(a)), Some(false));
 }
 
 #[tokio::test(start_paused = true)]

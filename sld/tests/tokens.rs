@@ -389,7 +389,7 @@ impl World {
                     self.kept += u64::from(elsewhere.iter().any(|((n, o), g)| self.counts(*n, *o) && before(*n, **g)));
                     match op.kind {
                         Kind::Use => self.write(id, b),
-                        Kind::Free if !told => {
+                        Kind::Free if told == Some(false) => {
                             let open: Vec<_> = elsewhere.into_iter().map(|(who, _)| *who).collect();
                             assert!(open.iter().all(|(n, o)| !self.counts(*n, *o)), "{id} frees {b}, which is open: {open:?}");
                             self.gone.extend(open);
@@ -626,7 +626,10 @@ impl World {
             for (opener, _) in self.opens.keys().filter(|(n, o)| *o == object && self.counts(*n, *o)) {
                 let (holder, _) = held[0];
                 let told = || self.nodes[&holder].tokens.holder.open_elsewhere(object);
-                assert!(!exclusive || holder == *opener || told(), "{holder} is not told that {opener} has {object:?} open");
+                assert!(
+                    !exclusive || holder == *opener || told() != Some(false),
+                    "{holder} is not told that {opener} has {object:?} open"
+                );
             }
         }
     }
@@ -775,7 +778,7 @@ impl World {
         self.take(id, object, Mode::Exclusive);
         let told = self.nodes[&id].tokens.holder.open_elsewhere(object);
         self.give(id);
-        !told
+        told == Some(false)
     }
 
     /// A node is declared dead without having been told, or let back in, without anybody having been told.

@@ -247,6 +247,7 @@ impl<D: Disk> FileSystem<D> {
     }
 
     async fn write_parts(&self, ino: Ino, at: At, payload: &Payload, kill: bool, allowed: Allowed<'_>) -> Written {
+        let appends = at == At::End;
         let (mut at, mut done, mut began, mut most) = (at, 0, None, CHUNK);
         while done < payload.len() {
             // Chunks end where blocks end, so that no block is written twice.
@@ -272,6 +273,10 @@ impl<D: Disk> FileSystem<D> {
             };
             began.get_or_insert(offset);
             done += len;
+            if appends && most < CHUNK {
+                // By now another node may have appended, and what comes next belongs after that.
+                return Written { offset, count: done, rest: Some(FsError::NoSpace) };
+            }
             at = match at {
                 At::Within(_) => At::Within(offset.saturating_add(len)),
                 // What was appended goes on where it began, even if another node appends meanwhile.

@@ -35,6 +35,8 @@ const JOBS_MAX: usize = 1024;
 const MOMENT: Duration = Duration::from_secs(1);
 /// After so many times that a node was cut off in the middle of it, an operation gives up.
 const LOST_MAX: u32 = 64;
+/// How often is looked whether it is known by now what other nodes have open.
+const UNTIL_KNOWN: Duration = Duration::from_millis(50);
 
 /// What is to be freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,8 +240,17 @@ impl<D: Disk> FileSystem<D> {
                 Ok(_) | Err(FsError::Stale) => return Ok(false),
                 Err(error) => return Err(error),
             }
-            if self.is_open(ino) || self.disk().open_elsewhere(ino.object()) {
+            if self.is_open(ino) {
                 return Ok(false);
+            }
+            match self.disk().open_elsewhere(ino.object()) {
+                Some(true) => return Ok(false),
+                Some(false) => {}
+                None => {
+                    drop(work);
+                    tokio::time::sleep(UNTIL_KNOWN).await;
+                    continue;
+                }
             }
             if work.free_small(ino, &[]).await? {
                 work.commit()?;

@@ -112,8 +112,11 @@ impl<D: Disk> Work<'_, D> {
         inode.ctime = later(now, inode.ctime);
         let mut after = change.after;
         after.push(After::Write(gone));
-        let mut unused = inode.is_orphan() && !self.fs.is_open(ino) && !self.fs.disk().open_elsewhere(ino.object());
+        let open_elsewhere = self.fs.disk().open_elsewhere(ino.object());
+        let mut unused = inode.is_orphan() && !self.fs.is_open(ino) && open_elsewhere != Some(true);
+        // If it is not known who has it open who frees it waits for that.
         let freed = unused
+            && open_elsewhere.is_some()
             && match self.free_small(ino, &after).await {
                 // Its name goes all the same. What it owns is not known, so nothing of it is freed.
                 Err(error) if error.is_damage() => {

@@ -156,7 +156,7 @@ impl Disk for CutOff {
         self.disk.set_open(object, open);
     }
 
-    fn open_elsewhere(&self, object: ObjectId) -> bool {
+    fn open_elsewhere(&self, object: ObjectId) -> Option<bool> {
         self.disk.open_elsewhere(object)
     }
 

@@ -126,6 +126,20 @@ async fn an_open_file_lives_until_its_last_close() {
     fs.disk().set_open_elsewhere(f.object(), false);
     assert!(fs.reclaim(f).await.unwrap());
     assert_eq!(fs.stat_fs().await.unwrap().free, free);
+    // Who frees it waits until it is known who has it open.
+    for open in [true, false] {
+        let f = fs.make(&ROOT, root, b"f", NewNode::File, 0o644).await.unwrap().ino;
+        fs.disk().set_in_doubt(true);
+        let known = async {
+            tokio::task::yield_now().await;
+            assert_eq!(fs.attributes(f).await.unwrap().nlink, 0);
+            fs.disk().set_open_elsewhere(f.object(), open);
+            fs.disk().set_in_doubt(false);
+        };
+        let (removed, ()) = tokio::join!(fs.unlink(&ROOT, root, b"f"), known);
+        removed.unwrap();
+        assert_eq!(fs.attributes(f).await.is_ok(), open);
+    }
 }
 
 #[tokio::test]

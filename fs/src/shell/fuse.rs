@@ -205,7 +205,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
             {
                 // Only so can it be removed or replaced. Nothing of it is believed: asking for attributes and opening fail.
-                return front.entry(start, Some(parent), Ok(stand_in), 0, How::Forced, reply);
+                return front.entry(start, None, Ok(stand_in), 0, How::Forced, reply);
             }
             front.entry(start, Some(parent), result, caller.pid, How::Ordinary, reply);
         });
@@ -376,18 +376,12 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(flags) = translate::rename_flags(flags) else { return reply.error(Errno::EINVAL) };
             let (from, to) = (front.identity.ino(parent), front.identity.ino(new_parent));
-            let carry = || {
-                front.known.carry_names(parent.0, new_parent.0);
-                if flags == crate::RenameFlags::Exchange {
-                    front.known.carry_names(new_parent.0, parent.0);
-                }
-            };
-            carry();
+            let _moving = front.known.move_name(parent.0, new_parent.0);
+            let is_exchange = flags == crate::RenameFlags::Exchange;
+            let _back = is_exchange.then(|| front.known.move_name(new_parent.0, parent.0));
             let result = front.fs.rename(&caller, from, &name, to, &new_name, flags).await;
             front.overtake(parent, caller.pid);
             front.overtake(new_parent, caller.pid);
-            // Who looked the old name up meanwhile may have been told it later.
-            carry();
             empty(result, reply);
         });
     }
@@ -501,6 +495,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let synchronous = matches!(at, At::Offset(_) | At::End) && flags.0 & nix::libc::O_DSYNC != 0;
         let data_only = flags.0 & nix::libc::O_SYNC != nix::libc::O_SYNC;
+        let length = data.len() as u64;
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
@@ -514,6 +509,10 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 reach(&mut changing, Reach { end, zeros: false });
                 if synchronous {
                     front.sync(node, handle, data_only).await?;
+                }
+                if written < length && !syscall::writes(caller.pid).await {
+                    // Of an asynchronous write the kernel makes EIO of this, and cuts the file.
+                    return Err(FsError::NoSpace);
                 }
                 Ok::<u64, FsError>(written)
             };

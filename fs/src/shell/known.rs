@@ -134,14 +134,16 @@ struct Rest {
     asked: u8,
     /// Look-ups in this directory that are under way.
     looking: u16,
+    /// Names that are being moved from this directory to others.
+    moving: u16,
     /// What it was when it was removed; who still holds it (as a working directory, by `O_PATH`) may ask, though nobody has it open.
     remains: Option<Box<Attributes>>,
 }
 
 impl Rest {
     fn is_empty(&self) -> bool {
-        let Rest { names, unheard, asked, looking, remains } = self;
-        names.is_none() && unheard.is_empty() && *asked == 0 && *looking == 0 && remains.is_none()
+        let Rest { names, unheard, asked, looking, moving, remains } = self;
+        names.is_none() && unheard.is_empty() && *asked == 0 && *looking == 0 && *moving == 0 && remains.is_none()
     }
 }
 
@@ -357,6 +359,17 @@ impl Drop for Looking<'_> {
     fn drop(&mut self) {
         let Looking(known, directory) = *self;
         known.lower(directory, |rest| rest.looking = rest.looking.saturating_sub(1));
+    }
+}
+
+/// A name is being moved out of a directory.
+#[derive(Debug)]
+pub(crate) struct Moving<'a>(&'a Known, u64);
+
+impl Drop for Moving<'_> {
+    fn drop(&mut self) {
+        let Moving(known, directory) = *self;
+        known.lower(directory, |rest| rest.moving = rest.moving.saturating_sub(1));
     }
 }
 
@@ -610,7 +623,8 @@ impl Known {
     pub(crate) fn tell_name(&self, start: Moment, directory: u64, ttl: Duration) -> Duration {
         let mut shard = self.shard(directory).lock();
         let Some(inode) = shard.get_mut(&directory) else { return Duration::ZERO };
-        if ttl.is_zero() || self.is_contended(inode) || !self.is_current(start, inode, true) {
+        let is_moving = inode.rest.as_ref().is_some_and(|rest| rest.moving > 0);
+        if ttl.is_zero() || is_moving || self.is_contended(inode) || !self.is_current(start, inode, true) {
             return Duration::ZERO;
         }
         inode.revoked_at = Stamp::default();
@@ -618,10 +632,24 @@ impl Known {
         ttl.min(names::LIFETIME)
     }
 
-    /// A name is about to be moved from one directory to another, or was: the kernel believes it there for as long as here.
-    pub(crate) fn carry_names(&self, from: u64, to: u64) {
+    /// A name is about to be moved from one directory to another; to be held until the thread is answered. Meanwhile no names are
+    /// told in the first one: the kernel believes them in the second one for as long as there.
+    pub(crate) fn move_name(&self, from: u64, to: u64) -> Option<Moving<'_>> {
+        if from == to {
+            return None;
+        }
+        {
+            let mut shard = self.shard(from).lock();
+            let moving = &mut shard.get_mut(&from)?.rest().moving;
+            *moving = moving.saturating_add(1);
+        }
+        self.carry_names(from, to);
+        Some(Moving(self, from))
+    }
+
+    fn carry_names(&self, from: u64, to: u64) {
         let told_at = |inode: &mut Box<Inode>| inode.names().and_then(Names::told_at);
-        let Some(told_at) = self.shard(from).lock().get_mut(&from).and_then(told_at).filter(|_| from != to) else { return };
+        let Some(told_at) = self.shard(from).lock().get_mut(&from).and_then(told_at) else { return };
         let is_contended = {
             let mut shard = self.shard(to).lock();
             let Some(inode) = shard.get_mut(&to) else { return };
@@ -629,7 +657,10 @@ impl Known {
             inode.rest().names.get_or_insert_default().take_over(told_at);
             is_contended
         };
-        if is_contended && let Some(names) = self.shard(from).lock().get_mut(&from).and_then(|inode| inode.names_mut()) {
+        let mut shard = self.shard(from).lock();
+        if let Some(names) =
+            shard.get_mut(&from).and_then(|inode| inode.names_mut()).filter(|names| is_contended && !names.are_shared())
+        {
             // Else others would have to wait whenever something is moved there.
             names.contend();
         }

@@ -44,6 +44,8 @@ const SETLK_32: [u64; 2] = [13, 14];
 /// Bit of the calls of a process with 32-bit pointers on x86-64.
 const X32: i64 = 0x4000_0000;
 
+/// The numbers of `write`, `writev`, `pwrite64`, `sendfile`, `sendfile64`, `splice`, `pwritev`, `pwritev2` there.
+const WRITE_32: [i64; 11] = [4, 146, 181, 187, 239, 313, 334, 340, 362, 379, 393];
 /// The numbers of `truncate`, `ftruncate` and their 64-bit forms there.
 const TRUNCATE_32: [i64; 4] = [92, 93, 193, 194];
 
@@ -105,6 +107,13 @@ impl Place {
         }
     }
 
+    /// Whether a program writes here, and waits.
+    fn writes(self) -> bool {
+        let Place::Call(call, _) = self else { return false };
+        let calls = [libc::SYS_write, libc::SYS_pwrite64, libc::SYS_writev, libc::SYS_pwritev, libc::SYS_pwritev2];
+        calls.contains(&call) || [libc::SYS_sendfile, libc::SYS_splice].contains(&call) || WRITE_32.contains(&call)
+    }
+
     /// Whether a program sets a file's size here.
     fn sets_size(self) -> bool {
         let Place::Call(call, _) = self else { return false };
@@ -116,6 +125,11 @@ impl Place {
 /// seen.
 pub(super) async fn lock_call(thread: u32, request: i32) -> Option<LockCall> {
     Place::of(thread).await?.lock_call(request)
+}
+
+/// Whether a thread is seen to write, and waits for the end of that.
+pub(super) async fn writes(thread: u32) -> bool {
+    Place::of(thread).await.is_some_and(Place::writes)
 }
 
 /// Whether a thread is seen to set a file's size, which its request asks for.
@@ -148,6 +162,9 @@ mod tests {
         for garbage in ["", "-1 0x7fff 0x7eff 0x1", "-1 0x0 0x0", "x 0x0 0x0 0x0", "73"] {
             assert_eq!(Place::parse(garbage), Place::Nowhere, "{garbage}");
         }
+        let writes = |call| Place::parse(&line(call, 0)).writes();
+        assert!(writes(libc::SYS_pwrite64) && writes(libc::SYS_writev | X32) && writes(4));
+        assert!(!writes(libc::SYS_io_submit) && !writes(libc::SYS_io_uring_enter) && !kernel.writes());
         let sets_size = |call| Place::parse(&line(call, 0)).sets_size();
         assert!(sets_size(libc::SYS_ftruncate) && sets_size(libc::SYS_truncate | X32) && sets_size(194));
         assert!(!sets_size(libc::SYS_io_submit) && !sets_size(libc::SYS_io_uring_enter) && !sets_size(libc::SYS_pwrite64));

@@ -484,8 +484,7 @@ impl Disk for PulsarDisk {
         }
         let node = &self.shared.node;
         'again: loop {
-            node.wait_serving().await?;
-            let generation = node.look(|t| t.holder.generation());
+            let generation = node.wait_serving().await?;
             let mut tokens = TokenSet { disk: self.shared.clone(), generation, held: Vec::with_capacity(wants.len()) };
             for (object, mode) in &wants {
                 if node.wait_token(*object, *mode, generation).await.is_none() {
@@ -651,7 +650,7 @@ impl Disk for PulsarDisk {
         self.shared.node.step(|t, now, step| t.with(now, step, |h, out| h.set_open(object, open, out)));
     }
 
-    fn open_elsewhere(&self, object: ObjectId) -> bool {
+    fn open_elsewhere(&self, object: ObjectId) -> Option<bool> {
         self.shared.node.look(|t| t.holder.open_elsewhere(object))
     }
 

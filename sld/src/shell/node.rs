@@ -253,19 +253,22 @@ impl Node {
         if self.is_stopped() { DiskError::Shutdown } else { DiskError::Lost }
     }
 
-    /// Whether tokens may be used now.
+    /// Whether tokens that are held may be used now.
     pub(super) fn serving(&self) -> bool {
         self.cluster.lease_valid() && !self.is_stopped()
     }
 
-    /// Waits until tokens may be used.
-    pub(super) async fn wait_serving(&self) -> Result<(), DiskError> {
+    /// Waits until tokens may be used that are granted from now on. Returns their generation.
+    pub(super) async fn wait_serving(&self) -> Result<u64, DiskError> {
         loop {
             if self.is_stopped() {
                 return Err(DiskError::Shutdown);
             }
-            if self.cluster.lease_valid() && self.look(|t| t.serving()) {
-                return Ok(());
+            let serving = || self.look(|t| t.serving().then(|| t.holder.generation()));
+            if self.cluster.lease_valid()
+                && let Some(generation) = serving()
+            {
+                return Ok(generation);
             }
             tokio::time::sleep(LEASE_POLL).await;
         }

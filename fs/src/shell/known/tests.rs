@@ -346,25 +346,35 @@ async fn names_run_out_and_are_not_cached_in_a_directory_shared_with_writers() {
 #[tokio::test(start_paused = true)]
 async fn a_name_that_is_moved_is_believed_where_it_was_moved_to() {
     let known = Known::new();
-    for directory in [1, 2] {
+    for directory in [1, 2, 3] {
         known.tell(known.begin(), directory, Answer { version: None, ..look_up(0, 0) }, TTL);
     }
     let tell = |directory| known.tell_name(known.begin(), directory, TTL);
-    known.carry_names(1, 2);
+    drop(known.move_name(1, 2));
     assert_eq!(known.revoke(2).names, Duration::ZERO, "nothing was told");
     tokio::time::advance(names::SHARED).await;
     assert_eq!(tell(1), names::LIFETIME);
     tokio::time::advance(names::LIFETIME).await;
-    known.carry_names(1, 1);
-    known.carry_names(1, 2);
+    assert!(known.move_name(1, 1).is_none());
+    drop(known.move_name(1, 2));
     assert_eq!(known.revoke(2).names, names::RUN_OUT - names::LIFETIME);
     // Others use the second directory. From now on nothing is told in the first one, which would be moved there.
-    known.carry_names(1, 2);
+    drop(known.move_name(1, 2));
     assert_eq!(known.revoke(2).names, names::RUN_OUT - names::LIFETIME);
     assert_eq!(tell(1), Duration::ZERO);
+    // That is so for a while, however many are moved.
+    (0..3).for_each(|_| drop(known.move_name(1, 2)));
     tokio::time::advance(names::RUN_OUT).await;
-    known.carry_names(1, 2);
+    known.revoke(2);
+    drop(known.move_name(1, 2));
     assert_eq!(known.revoke(2).names, Duration::ZERO);
+    tokio::time::advance(names::SHARED * 2).await;
+    assert_eq!(tell(1), names::LIFETIME);
+    // Until who moves one is answered nobody is told any.
+    let moving = known.move_name(1, 3);
+    assert_eq!(tell(1), Duration::ZERO);
+    drop(moving);
+    assert_eq!(tell(1), names::LIFETIME);
 }
 
 #[test]
