@@ -386,9 +386,9 @@ impl Receiver for Ear {
                 let respond = Box::new(move |reply| rpc.answer(from.node, id, epoch, reply, Vec::new()));
                 server.write(epoch, disk, head, message.parts, respond);
             }
-            Wire::Request { disk, request: Request::Completed { mirror, writer, upto }, .. } => {
+            Wire::Request { epoch, disk, request: Request::Completed { mirror, writer, upto }, .. } => {
                 if writer.node == from.node && writer.incarnation == from.incarnation {
-                    server.completed(disk, mirror, writer, upto);
+                    server.completed(epoch, disk, mirror, writer, upto);
                 }
             }
             Wire::Request { id, epoch, disk, request } => {

@@ -44,8 +44,8 @@ const SETLK_32: [u64; 2] = [13, 14];
 /// Bit of the calls of a process with 32-bit pointers on x86-64.
 const X32: i64 = 0x4000_0000;
 
-/// The numbers of `write`, `writev`, `pwrite64`, `sendfile`, `sendfile64`, `splice`, `pwritev`, `pwritev2` there.
-const WRITE_32: [i64; 11] = [4, 146, 181, 187, 239, 313, 334, 340, 362, 379, 393];
+/// The numbers of `write`, `writev`, `pwrite64`, `sendfile`, `sendfile64`, `splice`, `pwritev`, `pwritev2`, `copy_file_range` there.
+const WRITE_32: [i64; 13] = [4, 146, 181, 187, 239, 313, 334, 340, 362, 377, 379, 391, 393];
 /// The numbers of `truncate`, `ftruncate` and their 64-bit forms there.
 const TRUNCATE_32: [i64; 4] = [92, 93, 193, 194];
 
@@ -111,7 +111,8 @@ impl Place {
     fn writes(self) -> bool {
         let Place::Call(call, _) = self else { return false };
         let calls = [libc::SYS_write, libc::SYS_pwrite64, libc::SYS_writev, libc::SYS_pwritev, libc::SYS_pwritev2];
-        calls.contains(&call) || [libc::SYS_sendfile, libc::SYS_splice].contains(&call) || WRITE_32.contains(&call)
+        let copies = [libc::SYS_sendfile, libc::SYS_splice, libc::SYS_copy_file_range];
+        calls.contains(&call) || copies.contains(&call) || WRITE_32.contains(&call)
     }
 
     /// Whether a program sets a file's size here.

@@ -176,7 +176,7 @@ impl Client {
             Output::Send { target, epoch, head, data } => self.send(target, epoch, head, data),
             Output::Completed { target, epoch, mirror, writer, upto } => {
                 if target.node == self.me {
-                    self.server.completed(target.disk, mirror, writer, upto);
+                    self.server.completed(epoch, target.disk, mirror, writer, upto);
                 } else {
                     self.rpc.tell(target.node, epoch, target.disk, Request::Completed { mirror, writer, upto });
                 }

@@ -218,10 +218,13 @@ impl Server {
         Ok((disk, Incoming { kind: RecordKind::Write, head, data, base, epoch, syncing_from }))
     }
 
-    /// A writer's groups are complete up to one.
-    pub(crate) fn completed(&self, disk: DiskId, mirror: MirrorId, writer: Writer, upto: u64) {
-        let disk = self.state.lock().disks.get(&disk).cloned();
-        if let Some(disk) = disk {
+    /// A writer has said in an epoch that its groups are complete up to one. If that epoch is over it comes too late: recovery
+    /// finds out by itself, and what is uncertain must stay so until all members have asked for it.
+    pub(crate) fn completed(&self, epoch: Epoch, disk: DiskId, mirror: MirrorId, writer: Writer, upto: u64) {
+        let state = self.state.lock();
+        if epoch >= state.view.epoch()
+            && let Some(disk) = state.disks.get(&disk)
+        {
             disk.with(|c| c.complete(mirror, writer, upto));
         }
     }
@@ -341,7 +344,7 @@ impl Server {
                 Reply::Clock(self.clock.load(Ordering::Acquire))
             }
             Request::Completed { mirror, writer, upto } => {
-                self.completed(disk, mirror, writer, upto);
+                self.completed(self.view().epoch(), disk, mirror, writer, upto);
                 Reply::Written
             }
             Request::Write(_) => Reply::Refused,
