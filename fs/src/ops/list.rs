@@ -11,6 +11,8 @@ use sld::{Disk, Mode};
 
 /// Names looked at under one hold of the directory's token.
 const BATCH: usize = 64;
+/// How often names are read again because something was removed before its attributes were read.
+const AGAIN_MAX: u32 = 8;
 
 /// An entry as a listing shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,9 +91,16 @@ impl<D: Disk> FileSystem<D> {
             }
             position = 2;
         }
+        let mut again = 0;
         loop {
             let (listed, end, access) = self.again(|| self.batch(ino, position)).await?;
             let children = if plus { self.again(|| self.attributes_of(&listed)).await? } else { Vec::new() };
+            let is_gone = |((_, entry), child): (&(u64, Option<Entry>), &Child)| entry.is_some() && matches!(child, Child::Gone);
+            if again < AGAIN_MAX && listed.iter().zip(&children).any(is_gone) {
+                // Without it these would be names of no one moment: what has replaced it may be among them by its old name.
+                again += 1;
+                continue;
+            }
             for (index, (next, entry)) in listed.iter().enumerate() {
                 position = *next;
                 let Some(entry) = entry else {

@@ -164,6 +164,32 @@ async fn an_inode_may_have_thousands_of_names() {
 }
 
 #[tokio::test]
+async fn a_listing_shows_the_names_of_one_moment() {
+    let fs = fresh(&[4096]).await;
+    let root = fs.root();
+    for name in ["b", "a", "d"] {
+        fs.make(&ROOT, root, name.as_bytes(), NewNode::File, 0o644).await.unwrap();
+    }
+    let b = fs.lookup(root, b"b").await.unwrap().ino;
+    // The listing has read the names, and waits for what is known of the first one.
+    let held = fs.disk().acquire(&[(b.object(), sld::Mode::Exclusive)]).await.unwrap();
+    let mut listed = Vec::new();
+    let mut sink = |entry: DirEntry| {
+        listed.push(entry.name.to_vec());
+        true
+    };
+    let rename = async {
+        tokio::task::yield_now().await;
+        fs.rename(&ROOT, root, b"a", root, b"d", RenameFlags::Replace).await.unwrap();
+        drop(held);
+    };
+    let (result, ()) = tokio::join!(fs.read_directory(root, 2, &mut sink, true), rename);
+    result.unwrap();
+    listed.sort();
+    assert_eq!(listed, [b"b", b"d"]);
+}
+
+#[tokio::test]
 async fn the_operations_may_move_between_threads() {
     fn send<T: Send>(value: T) -> T {
         value
