@@ -15,7 +15,8 @@
 //!   of the read, with zeros beyond its end, and the length one that the file had at some moment. The kernel takes no lock
 //!   against writers there, over any file system; other reads are one moment. For the same reason it may stop between two
 //!   pages, if the file was longer at one moment and shorter at another; and, over FUSE only, anywhere between the two beside a
-//!   write or `fallocate` on the same node (the kernel takes the file to reach to where that ends, as soon as it is done);
+//!   write or `fallocate` on the same node (the kernel takes the file to reach to where that ends, as soon as it is done; where an
+//!   append ends it reckons from the longer size, if another node cuts the file meanwhile, so it may stop so much later);
 //!   and, also over FUSE only, there may be zeros where such a call on the same node makes zeros (the kernel makes them in its pages,
 //!   too, after they were made, perhaps over what another node has written there).
 //! - A call that ended with an error that a fault excuses, or whose client died, happened or did not.
@@ -478,6 +479,15 @@ fn is_beside_write(r: &Record, records: &[Record]) -> bool {
     records.iter().any(|o| lengthens(o) && is_beside(o, r))
 }
 
+/// How much is appended on the same node beside this.
+fn appended_beside(r: &Record, records: &[Record]) -> u64 {
+    let appended = |o: &Record| match o.op {
+        Op::Write { slot: APPEND, len, .. } => u64::from(len),
+        _ => 0,
+    };
+    records.iter().filter(|o| is_beside(o, r)).map(appended).sum()
+}
+
 /// Where the kernel of the same node may have made zeros in its pages beside this.
 fn zeros_beside(r: &Record, records: &[Record]) -> Vec<Range<u64>> {
     let made = |o: &Record| match o.op {
@@ -506,23 +516,60 @@ enum What {
     /// The whole operation, with this answer (or any).
     Run(Op, Option<Outcome>),
     /// `open` with `O_CREAT`, and `close`.
-    Make { path: String, exclusive: bool, outcome: Option<Outcome> },
+    Make {
+        path: String,
+        exclusive: bool,
+        outcome: Option<Outcome>,
+    },
     /// A path leads to something, which is remembered; to a directory, or not, if that is said.
-    Find { path: String, key: usize, dir: Option<bool> },
+    Find {
+        path: String,
+        key: usize,
+        dir: Option<bool>,
+    },
     /// A path leads to what is remembered.
-    IsFound { path: String, key: usize },
+    IsFound {
+        path: String,
+        key: usize,
+    },
     /// What is remembered gets a name.
-    LinkFound { to: String, key: usize, outcome: Option<Outcome> },
+    LinkFound {
+        to: String,
+        key: usize,
+        outcome: Option<Outcome>,
+    },
     /// What is remembered has these attributes.
-    StatFound { key: usize, stat: Stat },
+    StatFound {
+        key: usize,
+        stat: Stat,
+    },
     /// A name in a listing, or its absence.
-    Listed { path: String, kind: Option<FileKind> },
+    Listed {
+        path: String,
+        kind: Option<FileKind>,
+    },
     /// A read of so much ends at the file's end, or is full.
-    Length { slot: u8, len: u64, wanted: u64 },
+    Length {
+        slot: u8,
+        len: u64,
+        wanted: u64,
+    },
     /// The file is no shorter, or no longer, than this.
-    Bound { slot: u8, len: u64, at_least: bool },
+    AtLeast {
+        slot: u8,
+        len: u64,
+    },
+    AtMost {
+        slot: u8,
+        len: u64,
+    },
     /// Bytes of a file, with zeros beyond its end; or, in some ranges, zeros.
-    Page { slot: u8, offset: u64, bytes: Vec<u8>, zeros: Vec<Range<u64>> },
+    Page {
+        slot: u8,
+        offset: u64,
+        bytes: Vec<u8>,
+        zeros: Vec<Range<u64>>,
+    },
     /// The node may lose what is not durable.
     Loss,
 }
@@ -572,8 +619,9 @@ fn calls(key: usize, r: &Record, records: &[Record]) -> Vec<Call<Act>> {
             let (slot, wanted, len) = (*slot, u64::from(*len), bytes.len() as u64);
             let mut lengths = vec![way(vec![What::Length { slot, len, wanted }])];
             if len.is_multiple_of(PAGE as u64) || is_beside_write(r, records) {
-                let bound = |at_least| What::Bound { slot, len, at_least };
-                lengths.extend([way(vec![bound(true), bound(false)]), way(vec![bound(false), bound(true)])]);
+                let longer = What::AtLeast { slot, len: len.saturating_sub(appended_beside(r, records)) };
+                let shorter = What::AtMost { slot, len };
+                lengths.extend([way(vec![longer.clone(), shorter.clone()]), way(vec![shorter, longer])]);
             }
             let pages = bytes.chunks(PAGE).enumerate();
             let zeros = zeros_beside(r, records);
@@ -695,10 +743,13 @@ impl Posix {
                 let right = state.oracle.run(act.client, &Op::Fstat { slot: *slot });
                 matches!(right, Ok(Reply::Stat(stat)) if stat.size.min(*wanted) == *len)
             }
-            What::Bound { slot, len, at_least } => {
+            What::AtLeast { slot, len } => {
                 let right = state.oracle.run(act.client, &Op::Fstat { slot: *slot });
-                let fits = |size: u64| if *at_least { size >= *len } else { size <= *len };
-                matches!(right, Ok(Reply::Stat(stat)) if fits(stat.size))
+                matches!(right, Ok(Reply::Stat(stat)) if stat.size >= *len)
+            }
+            What::AtMost { slot, len } => {
+                let right = state.oracle.run(act.client, &Op::Fstat { slot: *slot });
+                matches!(right, Ok(Reply::Stat(stat)) if stat.size <= *len)
             }
             What::Page { slot, offset, bytes, zeros } => {
                 let read = Op::Read { slot: *slot, offset: *offset, len: bytes.len() as u32 };

@@ -6,7 +6,7 @@
 //! Excludes: the requests (`fuse`), what the kernel believes (`known`), notifications (`notify`).
 
 use super::handles::{self, Handles};
-use super::known::{Answer, Changing, Data, How, Known, Moment};
+use super::known::{Answer, Append, Changing, Data, How, Known, Moment};
 use super::notify::Notify;
 use super::serve::Company;
 use super::translate::{self, Identity, errno};
@@ -123,9 +123,11 @@ impl<D: Disk> Front<D> {
         self.notify.forget_attributes(ino, move || known.contains(ino))
     }
 
-    /// To be held while a thread changes a file's data, until just before it is answered.
-    pub(super) fn change(&self, ino: u64, thread: u32) -> Option<Changing<'_>> {
-        let (changing, believed) = self.known.change(ino, thread);
+    /// To be held while a thread changes a file's data, until just before it is answered. `append`: where the kernel takes what
+    /// it appends to end.
+    pub(super) fn change(&self, ino: u64, thread: u32, append: Option<u64>) -> Option<Changing<'_>> {
+        let append = append.map(|end| Append { end, alone: !self.company.has_others() });
+        let (changing, believed) = self.known.change(ino, thread, append);
         if believed {
             self.forget_attributes(ino);
         }
@@ -135,7 +137,7 @@ impl<D: Disk> Front<D> {
     /// To be held while a thread changes an attribute. If that is an access list it changes the mode with it, of which the answer
     /// tells the kernel nothing: `listed` is to be called when it is done.
     pub(super) fn change_list(&self, name: &[u8], ino: INodeNo, thread: u32) -> Option<Changing<'_>> {
-        is_list(name).then(|| self.change(ino.0, thread)).flatten()
+        is_list(name).then(|| self.change(ino.0, thread, None)).flatten()
     }
 
     pub(super) fn listed(&self, ino: INodeNo, changing: Option<Changing<'_>>) {

@@ -298,7 +298,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 // The kernel takes an asynchronous write back that has failed, and with it what other nodes have written.
                 return reply.error(Errno::EIO);
             }
-            let changing = change.size.and_then(|_| front.change(ino.0, caller.pid));
+            let changing = change.size.and_then(|_| front.change(ino.0, caller.pid, None));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
             let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
@@ -499,7 +499,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let payload = Payload::new(offset, data);
         operation!(self, request, |front, start, caller| {
             let node = front.identity.ino(ino);
-            let mut changing = front.change(ino.0, caller.pid);
+            let append = matches!(at, At::End).then(|| offset.saturating_add(length));
+            let mut changing = front.change(ino.0, caller.pid, append);
             let writing = front.handles.write(handle);
             let result = async {
                 // Locks may be lost while this waits for the file's token.
@@ -825,7 +826,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
             let node = front.identity.ino(ino);
-            let mut changing = front.change(ino.0, caller.pid);
+            let mut changing = front.change(ino.0, caller.pid, None);
             let result = async {
                 front.fs.allocate_on(node, what, offset, length, keep_size, terms).await?;
                 let end = if keep_size { 0 } else { offset.saturating_add(length) };
@@ -876,7 +877,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
             let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
-            let mut changing = front.change(to.0, caller.pid);
+            let mut changing = front.change(to.0, caller.pid, None);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {
                 let copied = front.fs.copy_range_on(source, target, length.min(COPY_MAX), terms).await?;

@@ -147,6 +147,15 @@ impl Rest {
     }
 }
 
+/// A change that is an append.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Append {
+    /// Where the kernel takes it to end.
+    pub(crate) end: u64,
+    /// No other mount can have changed the file unnoticed by this one's kernel.
+    pub(crate) alone: bool,
+}
+
 /// A change of a file's data that is under way.
 #[derive(Debug)]
 pub(crate) struct Changing<'a> {
@@ -593,11 +602,16 @@ impl Known {
     /// A thread changes a file's data from now on, and until it is answered: what this returns is to be dropped just before that, or
     /// the thread's next request would meet it. `None`: the kernel does not know the file. True: the attributes that it believes must
     /// be invalidated first, since others may see the change before the thread takes in that it was made.
-    pub(crate) fn change(&self, ino: u64, thread: u32) -> (Option<Changing<'_>>, bool) {
+    pub(crate) fn change(&self, ino: u64, thread: u32, append: Option<Append>) -> (Option<Changing<'_>>, bool) {
         let mut shard = self.shard(ino).lock();
         let Some(inode) = shard.get_mut(&ino) else { return (None, false) };
         inode.hear(thread);
-        inode.rest().unheard.begin_change();
+        let settled = inode.settled;
+        let unheard = &mut inode.rest().unheard;
+        unheard.begin_change();
+        if let Some(Append { end, alone }) = append {
+            unheard.append(thread, end, settled && alone);
+        }
         let believed = std::mem::take(&mut inode.attributes);
         (Some(Changing { known: self, ino, thread, reach: Reach::default() }), believed)
     }

@@ -13,6 +13,10 @@
 //! change that ended beyond where another node has cut the file since; or with one that made zeros, which the kernel makes in its
 //! pages, too, when it takes the answer in, over what another node has written there since.
 //!
+//! Where an append ends the kernel reckons from the size that it takes the file to have when the append begins. If another node had
+//! cut the file by then, or does so before the append has its turn, the append's end undoes that whenever it is done. So it counts
+//! from the beginning.
+//!
 //! Invariants:
 //! - The list is bounded. If anything falls off it that could still undo something, so may whoever is not on it.
 //!
@@ -73,7 +77,7 @@ pub(super) struct Heard {
 struct Sent {
     thread: u32,
     kind: Kind,
-    /// What was told was true then, and was not taken back since.
+    /// What was told was true then, and was not taken back since. Of an append that is under way: what the kernel takes for its end.
     holds: bool,
 }
 
@@ -132,6 +136,13 @@ impl Unheard {
         self.changing = self.changing.saturating_add(1);
     }
 
+    /// A change that has begun is an append, which the kernel takes to end here. `holds`: it has the right size for that.
+    pub(super) fn append(&mut self, thread: u32, end: u64, holds: bool) {
+        if thread != 0 {
+            self.send(thread, Kind::Change(Reach { end, zeros: false }), holds);
+        }
+    }
+
     /// A change has been made; its thread will be told.
     pub(super) fn reach(&mut self, thread: u32, reach: Reach) {
         if thread != 0 {
@@ -167,7 +178,7 @@ impl Unheard {
     pub(super) fn may_undo(&self, told: Data) -> bool {
         let undoes = |s: &Sent| match s.kind {
             Kind::Forced { version } => version != told.version,
-            Kind::Change(reach) => reach.undoes(told.size),
+            Kind::Change(reach) => !s.holds && reach.undoes(told.size),
             Kind::Directory | Kind::Asked { .. } => false,
         };
         self.overflowed || self.lost.undoes(told.size) || self.sent.iter().any(undoes)
@@ -245,6 +256,28 @@ mod tests {
         assert!(!u.may_undo(of(10)) && u.may_undo(of(9)));
         assert!(!u.hear(1).spoiled);
         assert!(!u.may_undo(of(9)));
+    }
+
+    #[test]
+    fn an_append_under_way_undoes_a_size_that_another_node_has_cut() {
+        let of = |size| Data { version: 7, size };
+        let mut u = Unheard::default();
+        u.begin_change();
+        u.append(1, 12, true);
+        assert!(!u.may_undo(of(10)), "that is its right end");
+        u.revoke();
+        assert!(u.may_undo(of(10)) && !u.may_undo(of(12)));
+        // It was made where the file ended by then.
+        u.reach(1, Reach { end: 12, zeros: false });
+        u.end_change(1, Reach { end: 12, zeros: false });
+        assert!(u.may_undo(of(7)));
+        u.hear(1);
+        assert!(!u.may_undo(of(7)));
+        u.begin_change();
+        u.append(1, 12, false);
+        assert!(u.may_undo(of(10)), "the kernel had another size from the beginning");
+        u.end_change(1, Reach::default());
+        assert!(!u.may_undo(of(10)), "it failed");
     }
 
     #[test]

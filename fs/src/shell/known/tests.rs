@@ -166,7 +166,7 @@ fn what_an_answer_says_nothing_of_is_in_doubt_until_the_kernel_was_asked() {
 async fn who_changes_a_file_is_not_answered_while_the_kernel_is_asked_about_it() {
     let known = Known::new();
     known.tell(known.begin(), 7, look_up(1, 1), TTL);
-    let mut changing = known.change(7, 2).0.expect("it is known");
+    let mut changing = known.change(7, 2, None).0.expect("it is known");
     assert!(!known.doubt(7, 1, data(1)), "it may be later than what is told");
     changing.reach(Reach { end: 20, zeros: false });
     assert!(known.doubt(7, 1, data(1)), "it ended beyond what is told: another node has cut the file since");
@@ -180,17 +180,35 @@ async fn who_changes_a_file_is_not_answered_while_the_kernel_is_asked_about_it()
     known.hear(7, 2);
     assert!(!known.doubt(7, 1, data(1)));
     // And so if the thread is gone.
-    known.change(7, 2).0.expect("it is known").reach(Reach { end: 20, zeros: false });
+    known.change(7, 2, None).0.expect("it is known").reach(Reach { end: 20, zeros: false });
     assert!(known.doubt(7, 1, data(1)));
     known.hear_gone(7, |thread| thread == 2);
     assert!(!known.doubt(7, 1, data(1)));
 }
 
 #[test]
+fn a_read_beside_an_append_waits_if_another_node_has_cut_the_file() {
+    let known = Known::new();
+    let append = |alone| known.change(7, 2, Some(Append { end: 15, alone })).0.expect("it is known");
+    let doubtful = || known.doubt(7, 1, data(1));
+    known.tell(known.begin(), 7, look_up(1, 1), TTL);
+    let first = append(true);
+    assert!(!doubtful(), "it ends where the kernel takes it to end");
+    known.revoke(7);
+    assert_eq!(ask(&known, 1, true), Seen::Again);
+    drop(first);
+    assert!(doubtful());
+    assert_eq!(ask(&known, 1, true), Seen::Done, "it has failed");
+    assert!(!doubtful());
+    let _second = append(false);
+    assert!(doubtful(), "another mount can have cut it");
+}
+
+#[test]
 fn zeros_that_the_kernel_makes_in_pages_may_be_over_what_another_node_wrote() {
     let known = Known::new();
     known.tell(known.begin(), 7, look_up(1, 1), TTL);
-    let mut changing = known.change(7, 2).0.expect("it is known");
+    let mut changing = known.change(7, 2, None).0.expect("it is known");
     changing.reach(Reach { end: 0, zeros: true });
     drop(changing);
     // Another node writes, and it is read here.
@@ -260,10 +278,10 @@ fn what_is_changed_leaves_nothing_behind_once_its_thread_is_heard() {
     let known = Known::new();
     known.tell(known.begin(), 7, look_up(2, 1), TTL);
     let ask = |version| known.tell(known.begin(), 7, answer(1, version), TTL);
-    let (changing, believed) = known.change(7, 2);
+    let (changing, believed) = known.change(7, 2, None);
     assert!(believed, "what would be older than what others can read soon");
     assert_eq!(ask(1), Duration::ZERO);
-    assert!(!known.change(7, 3).1);
+    assert!(!known.change(7, 3, None).1);
     known.hear(7, 3);
     drop(changing);
     assert!(known.is_changing(7), "it may not have taken that in");
