@@ -29,12 +29,14 @@ pub enum Service {
     Lock = 5,
     /// Administration: questions of one daemon to another (`status`, `gc`).
     Admin = 6,
+    /// What all nodes are told of, and heed, before a change is over.
+    Notice = 7,
 }
 
 impl Service {
     /// All services.
-    pub const ALL: [Service; 6] =
-        [Service::Membership, Service::Raft, Service::Mirror, Service::Token, Service::Lock, Service::Admin];
+    pub const ALL: [Service; 7] =
+        [Service::Membership, Service::Raft, Service::Mirror, Service::Token, Service::Lock, Service::Admin, Service::Notice];
 
     /// The version of its messages: raised with every change of their encoding. A peer of another one is refused by name.
     #[must_use]

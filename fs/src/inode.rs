@@ -320,10 +320,11 @@ impl Inode {
         self.blocks * (BLOCK_SIZE as u64 / 512) + inside.div_ceil(512)
     }
 
-    /// Takes the right to act as owner and group away. Set-group-id without group execution is a mode of locking, and stays.
-    pub(crate) fn kill_set_ids(&mut self) {
+    /// Takes the right to act as owner and group away. Set-group-id without group execution is a mode of locking, and stays if
+    /// who does this is in the group (or may act as any).
+    pub(crate) fn kill_set_ids(&mut self, is_in_group: impl FnOnce(u32) -> bool) {
         self.mode &= !libc::S_ISUID;
-        if self.mode & libc::S_IXGRP != 0 {
+        if self.mode & libc::S_ISGID != 0 && (self.mode & libc::S_IXGRP != 0 || !is_in_group(self.gid)) {
             self.mode &= !libc::S_ISGID;
         }
     }

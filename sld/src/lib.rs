@@ -21,4 +21,4 @@ pub use api::{
     WriteClass, WriteId,
 };
 pub use mirror::{Kind, Tag};
-pub use shell::{Locks, LostLocks, Options, PulsarDisk, Sld, Status, TokenSet};
+pub use shell::{Heed, Locks, LostLocks, Notices, Options, PulsarDisk, Sld, Status, TokenSet};

@@ -6,7 +6,9 @@ mod lease;
 mod locks;
 mod losses;
 mod node;
+mod notices;
 
 pub use disk::{PulsarDisk, Status, TokenSet};
 pub use locks::{Locks, LostLocks};
 pub use node::{Options, Sld};
+pub use notices::{Heed, Notices};

@@ -9,8 +9,7 @@
 //! - A listing is checked name by name: each name that it shows, or does not, must have been there, or not, at *some* moment of
 //!   the listing. So a name that moves meanwhile may be seen twice, under both names, or not at all, as POSIX allows.
 //! - `link` and `lstat` look a name up at one moment and do the rest with the inode at another; `rename` may find, before it asks
-//!   the file system, that both names are one file, or of kinds that do not go together. The Linux kernel does so over any
-//!   file system.
+//!   the file system, that both names are one file (that has several names), or of kinds that do not go together.
 //! - A read through the page cache (a descriptor for reading only) is checked page by page: each page as it was at some moment
 //!   of the read, with zeros beyond its end, and the length one that the file had at some moment. The kernel takes no lock
 //!   against writers there, over any file system; other reads are one moment. For the same reason it may stop between two
@@ -527,7 +526,7 @@ enum What {
         key: usize,
         dir: Option<bool>,
     },
-    /// A path leads to what is remembered.
+    /// A path leads to what is remembered, which has several names.
     IsFound {
         path: String,
         key: usize,
@@ -716,7 +715,8 @@ impl Posix {
             }
             What::IsFound { path, key } => {
                 let held = state.held.remove(key).map(|(ino, _)| ino);
-                state.oracle.find(path).ok() == held
+                let has_names = |ino| state.oracle.attributes(ino).is_some_and(|a| a.kind != FileKind::Dir && a.nlink > 1);
+                held.is_some_and(|ino| state.oracle.find(path) == Ok(ino) && has_names(ino))
             }
             What::LinkFound { to, key, outcome } => {
                 let Some((ino, is_dir)) = state.held.remove(key) else { return false };

@@ -231,6 +231,10 @@ fn obey(words: &[&str], paths: &[std::path::PathBuf], open_files: &mut [File]) -
             change(words, file, open_files.get(number(2) as usize))?;
             Ok("ok".into())
         }
+        "remove" => {
+            std::fs::remove_file(&paths[at])?;
+            Ok("ok".into())
+        }
         "reopen" => {
             open_files[at] = open(&paths[at], true, 0)?;
             Ok("ok".into())

@@ -113,9 +113,6 @@ pub struct Traits {
     /// It is ext4, which puts a whiteout in the old name's place before it finds that the new name is a directory that is not
     /// empty, and takes it back: the directory's times show it. (XFS looks first; an error should change nothing.)
     pub shows_failed_whiteouts: bool,
-    /// It is not asked who is in a file's group: set-group-id without the right to execute, which lets nobody act as the group,
-    /// stays whoever changes the file (docs/semantics.md).
-    pub keeps_lock_mode: bool,
     /// Two changes may have the same time: it takes its time from the kernel's tick, as local file systems do. (Pulsar makes each
     /// change of an inode later than the one before, whatever the clock says.)
     pub coarse_times: bool,

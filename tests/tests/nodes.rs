@@ -433,3 +433,104 @@ fn who_may_open_a_file_is_right_beside_a_busy_writer() {
         assert_eq!(wrong, 0, "opened, or not, by an older mode");
     });
 }
+
+/// A kernel judges by the owner that it was told last who may set attributes, and remove from a sticky directory.
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn a_file_is_its_new_owners_on_every_node_at_once() {
+    const USER: u32 = 4711;
+    let cluster = RealCluster::up(&Options::default());
+    let give = |path: &Path, uid| std::os::unix::fs::chown(path, Some(uid), Some(uid)).expect("it can be given away");
+    let set_mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("its mode can be set")
+    };
+    // One directory after the other, so that the kernels believe their names.
+    for round in 0..12 {
+        let dir = cluster.mount(1).join(format!("sticky-{round}"));
+        std::fs::create_dir(&dir).expect("a directory");
+        set_mode(&dir, 0o1777);
+        for name in ["mine", "removed", "lost"] {
+            std::fs::write(dir.join(name), "bytes").expect("a file");
+            set_mode(&dir.join(name), 0o666);
+        }
+        let there = |name: &str| cluster.mount(2 + round % 2).join(format!("sticky-{round}")).join(name);
+        let (mine, removed, lost) = (there("mine"), there("removed"), there("lost"));
+        let mut user = Worker::start_as(Some(USER), Path::new(env!("CARGO_BIN_EXE_locks")), &[&mine, &removed, &lost]);
+        assert_eq!(user.ask("chmod 0 600"), Err(libc::EPERM));
+        give(&dir.join("mine"), USER);
+        assert_eq!(user.ask("chmod 0 600"), ok(), "round {round}: it is theirs\n{}", cluster.logs());
+        assert_eq!(user.ask("times 0 5"), ok());
+        assert_eq!(user.ask("reopen 1"), ok());
+        give(&dir.join("removed"), USER);
+        assert_eq!(user.ask("remove 1"), ok(), "round {round}: it is theirs\n{}", cluster.logs());
+        give(&dir.join("lost"), USER);
+        assert_eq!(user.ask("reopen 2"), ok());
+        give(&dir.join("lost"), 0);
+        assert_eq!(user.ask("remove 2"), Err(libc::EPERM), "round {round}: it is not theirs any more\n{}", cluster.logs());
+    }
+}
+
+/// What two nodes do at the same moment, as often as there are rounds: who has succeeded in each.
+fn at_once(rounds: usize, act: impl Fn(usize, usize) -> std::io::Result<()> + Sync) -> Vec<[Option<i32>; 2]> {
+    let barrier = std::sync::Barrier::new(2);
+    let errors = |node: usize| {
+        let act = |round| {
+            barrier.wait();
+            act(node, round).err().map(|e| e.raw_os_error().unwrap_or(-1))
+        };
+        (0..rounds).map(act).collect::<Vec<_>>()
+    };
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| errors(2));
+        let first = errors(1);
+        first.into_iter().zip(second.join().expect("it goes on")).map(|(a, b)| [a, b]).collect()
+    })
+}
+
+/// Of two nodes that move the same thing to the same place one has done it, and the other finds nothing there: so work is shared out.
+/// (The kernel takes a rename for done if it finds the same inode by both names.)
+#[test]
+#[ignore = "needs root and /dev/fuse: run by ci"]
+fn what_two_nodes_move_at_once_is_moved_by_one_of_them() {
+    const ROUNDS: usize = 120;
+    let cluster = RealCluster::up(&Options { nodes: 2, ..Options::default() });
+    let (done, gone) = (None, Some(libc::ENOENT));
+    for (what, from, to) in
+        [("another directory", "q", "done"), ("a directory", "q", "q"), ("a file, over another one", "q", "full")]
+    {
+        let first = cluster.mount(1).join(what.replace(' ', "-"));
+        for dir in ["q", "done", "full"] {
+            std::fs::create_dir_all(first.join(dir)).expect("a directory");
+        }
+        for n in 0..ROUNDS {
+            let path = first.join("q").join(n.to_string());
+            if what == "a directory" { std::fs::create_dir(path) } else { File::create(path).map(drop) }.expect("it is made");
+            File::create(first.join("full").join(n.to_string())).expect("a file");
+        }
+        let target = |n: usize| if from == to { format!("{n}.done") } else { n.to_string() };
+        let outcomes = at_once(ROUNDS, |node, n| {
+            let dir = cluster.mount(node).join(first.file_name().expect("it has a name"));
+            std::fs::rename(dir.join(from).join(n.to_string()), dir.join(to).join(target(n)))
+        });
+        for (n, outcome) in outcomes.iter().enumerate() {
+            assert!([[done, gone], [gone, done]].contains(outcome), "{what}, {n}: {outcome:?}\n{}", cluster.logs());
+            assert!(first.join(to).join(target(n)).exists());
+        }
+    }
+    // Exchanged by both they are as they were.
+    let dir = |node| cluster.mount(node);
+    std::fs::write(dir(1).join("x"), "x").expect("a file");
+    std::fs::write(dir(1).join("y"), "y").expect("a file");
+    let (mut exchanged, mut both) = (false, 0);
+    for round in 0..ROUNDS {
+        let outcome =
+            at_once(1, |node, _| tests::sys::rename(&dir(node).join("x"), &dir(node).join("y"), libc::RENAME_EXCHANGE))[0];
+        assert!(outcome.iter().all(|o| [done, Some(libc::ESTALE)].contains(o)), "{outcome:?}");
+        exchanged ^= outcome.iter().filter(|o| **o == done).count() == 1;
+        both += usize::from(outcome == [done, done]);
+        let x = std::fs::read_to_string(dir(1 + round % 2).join("x")).expect("it is there");
+        assert_eq!(x == "y", exchanged, "round {round}: {outcome:?}\n{}", cluster.logs());
+    }
+    assert!(both > ROUNDS / 2, "{both} of {ROUNDS}");
+    cluster.fsck(2);
+}

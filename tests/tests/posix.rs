@@ -712,6 +712,13 @@ fn whatever_changes_a_program_takes_set_user_id_away_wherever_it_was_given() {
         set_mode(&here, 0o4777);
         assert_eq!(writer.ask(change), ok(), "{change}");
         assert_eq!((mode(&here), mode(&there)), (0o777, 0o777), "{change}");
+        // Set-group-id of what the group may not execute is left to its members.
+        for (group, left) in [(USER, 0o2767), (0, 0o767)] {
+            std::os::unix::fs::chown(&here, None, Some(group)).expect("it gets a group");
+            set_mode(&here, 0o6767);
+            assert_eq!(writer.ask(change), ok(), "{change}");
+            assert_eq!((mode(&here), mode(&there)), (left, left), "{change}, group {group}");
+        }
     }
 }
 

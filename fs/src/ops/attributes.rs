@@ -95,12 +95,15 @@ impl<D: Disk> FileSystem<D> {
         if let Some(size) = set.size {
             self.truncate_on(ino, size, Terms { kill: terms.kill || set.kill, ..terms }).await?;
         }
-        let truncated_program = set.size.is_some() && self.inode(ino).await?.flags & HAS_CAPABILITY != 0;
+        // What was cut may be lost.
+        let again = if set.size.is_some() { &|| false } else { terms.allowed };
+        let (sized, truncated_program) =
+            (set.size.is_some(), set.size.is_some() && self.inode(ino).await?.flags & HAS_CAPABILITY != 0);
         let set = SetAttributes { size: None, kill: set.kill && set.size.is_none(), ..set };
-        if set.is_empty() && !truncated_program {
+        if sized && set.is_empty() && !truncated_program {
             return self.attributes(ino).await;
         }
-        self.again_if(terms.allowed, || self.try_set_attributes(ino, set, truncated_program, terms, permit)).await
+        self.again_if(again, || self.try_set_attributes(ino, set, truncated_program, terms, permit)).await
     }
 
     async fn try_set_attributes(
@@ -122,20 +125,21 @@ impl<D: Disk> FileSystem<D> {
         let set = permit(&inode.attributes(), set)?;
         let kind = inode.kind();
         let mut changed = Vec::new();
-        if set.uid.is_some() || set.gid.is_some() {
-            inode.uid = set.uid.unwrap_or(inode.uid);
-            inode.gid = set.gid.unwrap_or(inode.gid);
+        // A change of nothing is one of the owner to what it is already.
+        if set.uid.is_some() || set.gid.is_some() || set.is_empty() && !truncated_program {
             if kind != FileKind::Directory {
-                // A change of owner takes the right to act as the owner; set-group-id without group execution is a lock mode.
-                inode.kill_set_ids();
+                // A change of owner takes the right to act as the owner.
+                inode.kill_set_ids(terms.is_in_group);
                 changed.push(xattr::drop_capability(&mut work.tx, inode).await?);
             }
+            inode.uid = set.uid.unwrap_or(inode.uid);
+            inode.gid = set.gid.unwrap_or(inode.gid);
         }
         if truncated_program {
             changed.push(xattr::drop_capability(&mut work.tx, inode).await?);
         }
         if set.kill {
-            inode.kill_set_ids();
+            inode.kill_set_ids(terms.is_in_group);
         }
         if let Some(mode) = set.mode {
             inode.mode = inode.mode & libc::S_IFMT | mode & 0o7777;

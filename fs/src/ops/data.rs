@@ -34,6 +34,9 @@ const FREE_MAX: u32 = 1024;
 /// The most by which clocks of nodes are taken to differ.
 const CLOCK_SKEW_SECONDS: i64 = 60;
 
+/// Whether somebody is in a group, or may act as if he were.
+pub type IsInGroup<'a> = &'a (dyn Fn(u32) -> bool + Sync);
+
 /// Whether a write may (still) be done.
 pub type Allowed<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -42,13 +45,15 @@ pub type Allowed<'a> = &'a (dyn Fn() -> bool + Sync);
 pub struct Terms<'a> {
     /// Takes set-user-id and set-group-id away, as a change by an ordinary user does.
     pub kill: bool,
+    /// Decides then over set-group-id of a file that its group may not execute.
+    pub is_in_group: IsInGroup<'a>,
     /// Whether it may (still) be done.
     pub allowed: Allowed<'a>,
 }
 
 impl Terms<'static> {
     /// Nothing stands against it, and nothing follows from it.
-    pub const NONE: Terms<'static> = Terms { kill: false, allowed: &|| true };
+    pub const NONE: Terms<'static> = Terms { kill: false, is_in_group: &|_| true, allowed: &|| true };
 }
 
 impl Terms<'_> {
@@ -58,7 +63,7 @@ impl Terms<'_> {
             return Err(FsError::Disk(sld::DiskError::Lost));
         }
         if self.kill {
-            inode.kill_set_ids();
+            inode.kill_set_ids(self.is_in_group);
         }
         Ok(())
     }
@@ -119,6 +124,17 @@ struct Written {
     count: u64,
     /// Why there is no more.
     rest: Option<FsError>,
+}
+
+impl Written {
+    /// Where, and how much. It is no success if something that was written may be lost; nor, `Within` a file, if it is not all.
+    fn some(self, at: At) -> Result<(u64, u64)> {
+        match self.rest {
+            Some(error @ FsError::Disk(sld::DiskError::Lost)) => Err(error),
+            Some(error) if self.count == 0 || matches!(at, At::Within(_)) => Err(error),
+            _ => Ok((self.offset, self.count)),
+        }
+    }
 }
 
 fn check_file(inode: &Inode) -> Result<()> {
@@ -222,31 +238,26 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
-    /// Writes all of a payload; `kill` takes away setuid and setgid. Returns where it was written.
+    /// Writes all of a payload; `kill`: as a member of the group from whom it takes set-user-id and set-group-id away. Returns where it was written.
     ///
     /// # Errors
     /// `NoSpace` and `TooLarge` (some of it may be written), and those of `read`.
     pub async fn write(&self, ino: Ino, at: At, payload: Payload, kill: bool) -> Result<u64> {
-        let written = self.write_parts(ino, at, &payload, kill, &|| true).await;
+        let written = self.write_parts(ino, at, &payload, Terms { kill, ..Terms::NONE }, &|| true).await;
         written.rest.map_or(Ok(written.offset), Err)
     }
 
-    /// Writes as long as it is `allowed`, which is asked when the file's token is held, before each part is committed. Returns
-    /// where, and how much: less than all if something fails after some was written.
+    /// Writes as long as the terms allow it, which are looked at before each part is committed. Returns where, and how much: less than all if something fails after some was written.
     ///
     /// # Errors
     /// `Disk(Lost)` if it is not allowed (any more), also if some was written before: that may be lost. Those of `write` if
     /// nothing was written; and in any case if it was to be `Within` the file: nobody would write the rest of pages again.
-    pub async fn write_if(&self, ino: Ino, at: At, payload: Payload, kill: bool, allowed: Allowed<'_>) -> Result<(u64, u64)> {
-        let written = self.write_parts(ino, at, &payload, kill, allowed).await;
-        match written.rest {
-            Some(error @ FsError::Disk(sld::DiskError::Lost)) => Err(error),
-            Some(error) if written.count == 0 || matches!(at, At::Within(_)) => Err(error),
-            _ => Ok((written.offset, written.count)),
-        }
+    pub async fn write_if(&self, ino: Ino, at: At, payload: Payload, terms: Terms<'_>) -> Result<(u64, u64)> {
+        self.write_parts(ino, at, &payload, terms, terms.allowed).await.some(at)
     }
 
-    async fn write_parts(&self, ino: Ino, at: At, payload: &Payload, kill: bool, allowed: Allowed<'_>) -> Written {
+    /// `again`: whether it may begin again if the node was cut off before anything was written.
+    async fn write_parts(&self, ino: Ino, at: At, payload: &Payload, terms: Terms<'_>, again: Allowed<'_>) -> Written {
         let appends = at == At::End;
         let (mut at, mut done, mut began, mut most) = (at, 0, None, CHUNK);
         while done < payload.len() {
@@ -258,9 +269,9 @@ impl<D: Disk> FileSystem<D> {
             let len = (most - head).min(payload.len() - done);
             let fill = Fill::Payload(payload, done);
             let result = match began {
-                None => self.again_if(allowed, || self.write_chunk(ino, at, fill, len, kill, allowed)).await,
+                None => self.again_if(again, || self.write_chunk(ino, at, fill, len, terms)).await,
                 // What came before may be lost, so that this must not go on as if it were there.
-                Some(_) => self.again_if(&|| false, || self.write_chunk(ino, at, fill, len, kill, allowed)).await,
+                Some(_) => self.again_if(&|| false, || self.write_chunk(ino, at, fill, len, terms)).await,
             };
             let offset = match result {
                 Ok(offset) => offset,
@@ -286,19 +297,19 @@ impl<D: Disk> FileSystem<D> {
         Written { offset: began.unwrap_or(0), count: done, rest: None }
     }
 
-    async fn write_chunk(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool, allowed: Allowed<'_>) -> Result<u64> {
+    async fn write_chunk(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, terms: Terms<'_>) -> Result<u64> {
         loop {
-            match self.try_write(ino, at, fill, len, kill, allowed).await? {
+            match self.try_write(ino, at, fill, len, terms).await? {
                 Step::Done(offset) => return Ok(offset),
                 Step::Residue => self.trim(ino).await?,
             }
         }
     }
 
-    async fn try_write(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, kill: bool, allowed: Allowed<'_>) -> Result<Step<u64>> {
+    async fn try_write(&self, ino: Ino, at: At, fill: Fill<'_>, len: u64, terms: Terms<'_>) -> Result<Step<u64>> {
         self.disk().admit().await?;
         let _tokens = self.tokens(&[(ino.object(), Mode::Exclusive)]).await?;
-        if !allowed() {
+        if !(terms.allowed)() {
             return Err(FsError::Disk(sld::DiskError::Lost));
         }
         let mut inode = self.load(Source::disk(self.disk()), ino).await?;
@@ -320,8 +331,8 @@ impl<D: Disk> FileSystem<D> {
         let mut tx = Transaction::new(self.disk());
         let mut after = put(&mut tx, &mut inode, offset, end, fill).await?;
         inode.size = inode.size.max(end);
-        if kill {
-            inode.kill_set_ids();
+        if terms.kill {
+            inode.kill_set_ids(terms.is_in_group);
         }
         let powerless = drop_capability(&mut tx, &mut inode).await?;
         after.extend(&powerless.after);
@@ -360,7 +371,7 @@ impl<D: Disk> FileSystem<D> {
                     self.free_tail(ino).await;
                     return Ok(attributes);
                 }
-                Step::Residue => self.trim(ino).await?,
+                Step::Residue => self.again_if(terms.allowed, || self.trim(ino)).await?,
             }
         }
     }
@@ -484,9 +495,11 @@ impl<D: Disk> FileSystem<D> {
         let mut at = offset;
         while at < end {
             let to = end.min(at + (CHUNK - at % BS));
-            match self.again_if(terms.allowed, || self.try_allocate(ino, fill, at, to, keep_size, terms)).await? {
+            // What came before may be lost, so that this must not go on as if it were there.
+            let again = if at == offset { terms.allowed } else { &|| false };
+            match self.again_if(again, || self.try_allocate(ino, fill, at, to, keep_size, terms)).await? {
                 Step::Done(()) => at = to,
-                Step::Residue => self.trim(ino).await?,
+                Step::Residue => self.again_if(again, || self.trim(ino)).await?,
             }
         }
         Ok(())
@@ -632,13 +645,15 @@ impl<D: Disk> FileSystem<D> {
                     return Ok(0);
                 }
                 let at = At::Offset(to_offset.saturating_add(copied));
-                let (_, written) = self.write_if(to, at, data.into_payload(), terms.kill, terms.allowed).await?;
-                Ok::<u64, FsError>(written)
+                // What came before may be lost.
+                let again = if copied == 0 { terms.allowed } else { &|| false };
+                let written = self.write_parts(to, at, &data.into_payload(), terms, again).await.some(at)?;
+                Ok::<u64, FsError>(written.1)
             };
             match step.await {
                 Ok(0) => break,
                 Ok(written) => copied += written,
-                Err(error) if copied == 0 => return Err(error),
+                Err(error) if copied == 0 || error == FsError::Disk(sld::DiskError::Lost) => return Err(error),
                 Err(_) => break,
             }
         }

@@ -1,6 +1,6 @@
 //! Removing and replacing what is damaged; freeing in the background; beginning again after the node was cut off.
 
-use super::data::{Allocate, At, Payload, Seek};
+use super::data::{Allocate, At, Payload, Seek, Terms};
 use super::testing::{CutOff, Fixture, fixture};
 use super::tests::{ROOT, clock};
 use super::xattr::SetMode;
@@ -208,7 +208,7 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
     f.disk.refuse_commits(1);
     let asked = AtomicU64::new(0);
     let once = || asked.fetch_add(1, Ordering::Relaxed) == 0;
-    let denied = fs.write_if(file, At::Offset(0), Payload::new(0, b"late"), false, &once).await;
+    let denied = fs.write_if(file, At::Offset(0), Payload::new(0, b"late"), Terms { allowed: &once, ..Terms::NONE }).await;
     assert_eq!(denied, Err(FsError::Disk(sld::DiskError::Lost)));
     assert_eq!(fs.read(file, 0, 100).await.unwrap().contiguous().to_vec(), b"bytesmo");
     let second = || {
@@ -219,7 +219,7 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
     };
     let long = vec![9; 3 << 20];
     assert_eq!(
-        fs.write_if(file, At::Offset(0), Payload::new(0, &long), false, &second).await,
+        fs.write_if(file, At::Offset(0), Payload::new(0, &long), Terms { allowed: &second, ..Terms::NONE }).await,
         Err(FsError::Disk(sld::DiskError::Lost))
     );
 }

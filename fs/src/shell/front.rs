@@ -7,13 +7,15 @@
 
 use super::handles::{self, Handles};
 use super::known::{Answer, Append, Changing, Data, How, Known, Moment};
+use super::names::Found;
 use super::notify::Notify;
+use super::renames::Renames;
 use super::serve::Company;
 use super::translate::{self, Identity, errno};
 use crate::acl;
 use crate::{Attributes, DirEntry, FileSystem, FsError, Ino};
 use fuser::{FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyEntry};
-use sld::{Disk, Locks};
+use sld::{Disk, Locks, Notices};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -30,6 +32,9 @@ pub(crate) struct Front<D: Disk> {
     pub(crate) lifetime: Lifetime,
     pub(crate) company: Company,
     pub(crate) identity: Identity,
+    /// Tells other nodes what their kernels would not ask for.
+    pub(crate) notices: Option<Arc<Notices>>,
+    pub(crate) renames: Renames,
     /// Open files, and what became of their locks.
     pub(crate) handles: Arc<Handles>,
     /// Cluster-wide file locks; without them the kernel keeps locks, for this node alone.
@@ -49,14 +54,14 @@ impl<D: Disk> Front<D> {
     /// What a thread is told of an inode.
     pub(super) fn answer(thread: u32, attributes: &Attributes, looked_up: bool, how: How) -> Answer {
         let version = Self::data(attributes).map(|data| data.version);
-        Answer { thread, generation: attributes.generation, version, looked_up, how }
+        Answer { thread, generation: attributes.generation, version, looked_up, found: None, how }
     }
 
-    /// Answers a thread with an inode that was looked up or made, and if `parent` is given with a name in that.
+    /// Answers a thread with an inode that was looked up or made, and with its name, if a `place` is given: a directory and that.
     pub(super) fn entry(
         &self,
         start: Moment,
-        parent: Option<INodeNo>,
+        place: Option<(INodeNo, &[u8])>,
         result: Result<Attributes, FsError>,
         thread: u32,
         how: How,
@@ -65,14 +70,16 @@ impl<D: Disk> Front<D> {
         match result {
             Ok(attributes) => {
                 let node = self.identity.node(attributes.ino);
-                let names = parent.map_or(Duration::ZERO, |parent| self.known.tell_name(start, parent.0, self.lifetime()));
+                let names = place.map_or(Duration::ZERO, |(parent, _)| self.known.tell_name(start, parent.0, self.lifetime()));
+                let found = place.map(|(parent, name)| Found::new(parent.0, name));
                 let ttl = if how == How::Forced { Duration::ZERO } else { self.lifetime() };
                 // The root the kernel makes by itself, of generation 0, and counts no look-ups of it.
                 let is_root = node == INodeNo::ROOT.0;
-                let ttl = self.known.tell(start, node, Self::answer(thread, &attributes, !is_root, how), ttl);
+                let answer = Answer { found, ..Self::answer(thread, &attributes, !is_root, how) };
+                let ttl = self.known.tell(start, node, answer, ttl);
                 let generation = Generation(if is_root { 0 } else { attributes.generation });
                 if how == How::Forced
-                    && let Some(parent) = parent
+                    && let Some((parent, _)) = place
                 {
                     self.overtake(parent, thread);
                 }
@@ -115,6 +122,18 @@ impl<D: Disk> Front<D> {
         if self.known.overtake(directory.0, thread) {
             self.forget_attributes(directory.0);
         }
+    }
+
+    /// An inode has been given to another owner or group. A kernel judges by what it was told of that, without asking anew, who may
+    /// set attributes, and remove from a sticky directory. So all kernels that may do so are made to take it in before the change is
+    /// over.
+    pub(super) async fn given(&self, ino: INodeNo) {
+        let Some(notices) = &self.notices else { return };
+        let object = self.identity.ino(ino).object();
+        if self.company.has_others() {
+            notices.heed(object).await;
+        }
+        notices.tell(object).await;
     }
 
     /// Makes the kernel ask for attributes anew; returns how long to wait before something is done that relies on this.

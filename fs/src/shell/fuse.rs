@@ -16,6 +16,7 @@ use super::front::{Front, is_list};
 use super::handles;
 use super::known::{Answer, Changing, How, Reach};
 use super::mount::TRANSFER_MAX;
+use super::names::Found;
 use super::rights;
 use super::serve::Peer;
 use super::signal;
@@ -200,6 +201,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             let _looking = front.known.look_in(parent.0);
             let result = front.fs.lookup(dir, &name).await;
+            let result = front.beside_renames(caller.pid, parent, &name, result).await;
             if let Err(error) = &result
                 && error.is_damage()
                 && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
@@ -207,7 +209,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 // Only so can it be removed or replaced. Nothing of it is believed: asking for attributes and opening fail.
                 return front.entry(start, None, Ok(stand_in), 0, How::Forced, reply);
             }
-            front.entry(start, Some(parent), result, caller.pid, How::Ordinary, reply);
+            front.entry(start, Some((parent, &name)), result, caller.pid, How::Ordinary, reply);
         });
     }
 
@@ -280,6 +282,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let along = mode.is_some() && (size.is_some() || uid.is_some() || gid.is_some());
         let exact = |time: Option<TimeOrNow>| matches!(time, Some(TimeOrNow::SpecificTime(_)));
         let exact_times = exact(atime) || exact(mtime);
+        let given = uid.is_some() || gid.is_some();
         let change = SetAttributes {
             mode: mode.filter(|_| !along),
             kill: along,
@@ -300,10 +303,15 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             }
             let changing = change.size.and_then(|_| front.change(ino.0, caller.pid, None));
             let allowed = || !handle.is_some_and(|handle| front.handles.has_lost_locks(ino.0, handle));
-            let terms = Terms { kill: change.size.is_some() && caller.uid != 0, allowed: &allowed };
+            let kill = change.size.is_some() && rights::loses_set_ids(&caller);
+            let is_in_group = |gid| rights::acts_as_group(&caller, gid);
+            let terms = Terms { kill, is_in_group: &is_in_group, allowed: &allowed };
             let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
             let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
             drop(changing);
+            if given && result.is_ok() {
+                front.given(ino).await;
+            }
             front.changed(start, caller.pid, result, reply);
         });
     }
@@ -322,7 +330,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some(node) = translate::new_node(mode, rdev) else { return reply.error(Errno::EINVAL) };
             let result = front.fs.make(&Caller { umask, ..caller }, front.identity.ino(parent), &name, node, mode & 0o7777).await;
-            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
+            front.entry(start, Some((parent, &name)), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -331,7 +339,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let (caller, dir) = (Caller { umask, ..caller }, front.identity.ino(parent));
             let result = front.fs.make(&caller, dir, &name, NewNode::Directory, mode & 0o7777).await;
-            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
+            front.entry(start, Some((parent, &name)), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -340,7 +348,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let target = target.as_os_str().as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.make(&caller, front.identity.ino(parent), &name, NewNode::Symlink(&target), 0o777).await;
-            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
+            front.entry(start, Some((parent, &name)), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -390,7 +398,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let name = name.as_bytes().to_vec();
         operation!(self, request, |front, start, caller| {
             let result = front.fs.link(front.identity.ino(ino), front.identity.ino(parent), &name).await;
-            front.entry(start, Some(parent), result, caller.pid, How::Forced, reply);
+            front.entry(start, Some((parent, &name)), result, caller.pid, How::Forced, reply);
         });
     }
 
@@ -420,7 +428,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 Ok(attributes) => {
                     let node = front.identity.node(attributes.ino);
                     // One lifetime for name and attributes: none, since these may be overtaken.
-                    let answer = Front::<D>::answer(caller.pid, &attributes, true, How::Forced);
+                    let found = Some(Found::new(parent.0, &name));
+                    let answer = Answer { found, ..Front::<D>::answer(caller.pid, &attributes, true, How::Forced) };
                     front.known.tell(start, node, answer, Duration::ZERO);
                     front.overtake(parent, caller.pid);
                     reply.created(
@@ -505,7 +514,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let result = async {
                 // Locks may be lost while this waits for the file's token.
                 let allowed = || !front.handles.has_lost_locks(ino.0, handle);
-                let (_, written) = front.fs.write_if(node, at, payload, kill, &allowed).await?;
+                let is_in_group = |gid| rights::acts_as_group(&caller, gid);
+                let terms = Terms { kill, is_in_group: &is_in_group, allowed: &allowed };
+                let (_, written) = front.fs.write_if(node, at, payload, terms).await?;
                 let end = if let At::Within(_) = at { 0 } else { offset.saturating_add(written) };
                 reach(&mut changing, Reach { end, zeros: false });
                 if synchronous {
@@ -674,7 +685,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 let node = attributes.ino;
                 let counts = entry.name != ".".as_bytes() && entry.name != "..".as_bytes();
                 let version = entry.attributes.as_ref().filter(|a| translate::is_file(a)).map(|a| a.data_version);
-                let answer = Answer { thread: caller.pid, generation, version, looked_up: true, how: How::Ordinary };
+                let found = counts.then(|| Found::new(ino.0, &entry.name));
+                let answer = Answer { thread: caller.pid, generation, version, looked_up: true, found, how: How::Ordinary };
                 // Of the others the kernel takes only the names.
                 let ttl = if counts { front.known.tell(start, node.0, answer, lifetime) } else { Duration::ZERO };
                 let name = OsStr::from_bytes(&entry.name);
@@ -760,7 +772,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         operation!(self, request, |front, start, caller| {
-            sized(front.fs.list_xattr(front.identity.ino(ino), caller.uid == 0).await, size, reply);
+            sized(front.fs.list_xattr(front.identity.ino(ino), rights::sees_trusted(&caller)).await, size, reply);
         });
     }
 
@@ -824,7 +836,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let Some((what, keep_size)) = allocation(mode) else { return reply.error(Errno::EOPNOTSUPP) };
             let allowed = || !front.handles.has_lost_locks(ino.0, handle);
-            let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
+            let is_in_group = |gid| rights::acts_as_group(&caller, gid);
+            let terms = Terms { kill: rights::loses_set_ids(&caller), is_in_group: &is_in_group, allowed: &allowed };
             let node = front.identity.ino(ino);
             let mut changing = front.change(ino.0, caller.pid, None);
             let result = async {
@@ -876,7 +889,8 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         operation!(self, request, |front, start, caller| {
             let lost = |node: INodeNo, handle| front.handles.has_lost_locks(node.0, handle);
             let allowed = || !lost(from, from_handle) && !lost(to, to_handle);
-            let terms = Terms { kill: caller.uid != 0, allowed: &allowed };
+            let is_in_group = |gid| rights::acts_as_group(&caller, gid);
+            let terms = Terms { kill: rights::loses_set_ids(&caller), is_in_group: &is_in_group, allowed: &allowed };
             let mut changing = front.change(to.0, caller.pid, None);
             let (source, target) = ((front.identity.ino(from), from_offset), (front.identity.ino(to), to_offset));
             let result = async {

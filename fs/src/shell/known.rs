@@ -30,7 +30,7 @@
 //!
 //! Excludes: telling the kernel (`notify`), what the answers mean (`fuse`), which of them may be on their way (`unheard`).
 
-use super::names::{self, Names};
+use super::names::{self, Found, Names};
 pub(crate) use super::unheard::{Data, Reach};
 use super::unheard::{Kind, Unheard};
 use crate::Attributes;
@@ -64,6 +64,8 @@ pub(crate) struct Answer {
     pub(crate) version: Option<u64>,
     /// It answers a look-up.
     pub(crate) looked_up: bool,
+    /// Of this name.
+    pub(crate) found: Option<Found>,
     pub(crate) how: How,
 }
 
@@ -98,6 +100,7 @@ const SEVERAL: u32 = u32::MAX;
 
 /// The unit of `Stamp`.
 const STAMP_MS: u128 = 10;
+const STAMP: Duration = Duration::from_millis(STAMP_MS as u64);
 
 /// What is kept of each inode that the kernel knows, and there may be millions. What few of them need is in `Rest`.
 #[derive(Debug, Default)]
@@ -109,15 +112,20 @@ struct Inode {
     /// See `taken_in()`.
     taken_in: u64,
     rest: Option<Box<Rest>>,
+    /// The name that it was told by last; the default: none that still holds, as far as is known.
+    found: Found,
     /// One that reached the maximum is not counted any more, and the inode never forgotten.
     lookups: u32,
     revoked_at: Stamp,
     asked_at: Stamp,
+    /// When names that lead to it may have been told last.
+    found_at: Stamp,
     /// The thread that was told attributes to be believed, and may not have taken them in yet; 0: none; `SEVERAL`.
     told: u32,
     has_taken_in: bool,
     has_pages: bool,
     attributes: bool,
+    is_file: bool,
     /// The kernel has surely taken in an answer since the last revocation (of a file: was seen to have).
     settled: bool,
     /// Purges under way.
@@ -484,6 +492,11 @@ impl Known {
             inode.set_taken_in(answer.version);
         }
         inode.lookups = inode.lookups.saturating_add(u32::from(answer.looked_up));
+        inode.is_file = answer.version.is_some();
+        if answer.looked_up {
+            inode.found_at = self.stamp();
+        }
+        inode.found = answer.found.unwrap_or(inode.found);
         let current = self.is_current(start, inode, was_known);
         inode.hear(answer.thread);
         if !answer.looked_up {
@@ -770,6 +783,27 @@ impl Known {
     /// The generation that the kernel was told of an inode.
     pub(crate) fn generation(&self, ino: u64) -> Option<u64> {
         self.shard(ino).lock().get(&ino).map(|inode| inode.generation)
+    }
+
+    /// By which name the kernel was told of an inode last.
+    pub(crate) fn found(&self, ino: u64) -> Option<Found> {
+        self.shard(ino).lock().get(&ino).map(|inode| inode.found).filter(|found| *found != Found::default())
+    }
+
+    /// The kernel has learnt that an inode is not to be had any more by the name that it was told by.
+    pub(crate) fn lose_name(&self, ino: u64) {
+        if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
+            inode.found = Found::default();
+        }
+    }
+
+    /// Whether a program may act on an inode without the kernel's asking for it first, which then judges by the owner that it was
+    /// told last: the inode is open, or a name that leads to it is still believed, or it is a directory, in which somebody may be.
+    pub(crate) fn is_within_reach(&self, ino: u64, is_open: bool) -> bool {
+        self.shard(ino).lock().get(&ino).is_some_and(|inode| {
+            let is_named = self.elapsed(inode.found_at).is_some_and(|time| time < names::RUN_OUT + STAMP);
+            is_open || is_named || !inode.is_file
+        })
     }
 
     /// Whether the kernel knows the inode.

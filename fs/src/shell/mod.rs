@@ -10,6 +10,7 @@ mod mount;
 mod names;
 mod notify;
 mod probe;
+mod renames;
 mod rights;
 mod serve;
 mod signal;

@@ -5,6 +5,7 @@
 //!
 //! Excludes: on the strength of what they are told (`known`).
 
+use std::hash::{DefaultHasher, Hasher};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -18,6 +19,24 @@ pub(super) const RUN_OUT: Duration = Duration::from_millis(300);
 pub(super) const SHARED: Duration = Duration::from_secs(1);
 /// The longest such time.
 pub(super) const SHARED_MAX: Duration = Duration::from_secs(60);
+
+/// A name in a directory, as numbers: the same for the same name, and seldom for another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    directory: u32,
+    pub(super) name: u32,
+}
+
+impl Found {
+    pub(super) fn new(directory: u64, name: &[u8]) -> Self {
+        let number = |bytes: &[u8]| {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(bytes);
+            hasher.finish() as u32
+        };
+        Found { directory: number(&directory.to_ne_bytes()), name: number(name) }
+    }
+}
 
 /// Names told in a directory.
 #[derive(Debug, Default)]

@@ -46,6 +46,9 @@ const PATIENT_MAX: usize = 3;
 /// Rows after which a larger size will do, if the file is being changed: it may be that of a write that has just ended. Before, it
 /// is more likely one that another node has cut.
 const EQUAL_MAX: usize = 100;
+/// Rows after which who asks for attributes is answered in any case: while a call makes a large file, or cuts one, the kernel takes
+/// nothing in, but what it shows to who asks is the answer itself.
+const SHOWN_AFTER: usize = 50;
 /// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
 const ROWS_MAX: usize = 1000;
 
@@ -125,6 +128,8 @@ struct Renewal {
 enum Job {
     /// Make the kernel take in a version and purge what is older; tells whether it has.
     Renew(Renewal, oneshot::Sender<Result<bool, Unseen>>),
+    /// Make the kernel take in what an inode is; tells whether it has.
+    Look(u64, oneshot::Sender<Result<bool, Unseen>>),
     /// Ask for the root.
     Greet(oneshot::Sender<Result<(), Unseen>>),
     /// Purge if that is to be done just now; tells what was.
@@ -258,6 +263,27 @@ impl Notify {
         renewed
     }
 
+    /// Makes the kernel take in what an inode is now: it judges by the owner, and does not ask before.
+    pub(crate) async fn look(&self, ino: u64) {
+        let looked = async {
+            self.can_recognise().await?;
+            for _ in 0..ROWS_MAX {
+                let (done, wait) = oneshot::channel();
+                if self.urgent[spread(ino, LANES)].send(Job::Look(ino, done)).await.is_err() {
+                    break;
+                }
+                if wait.await.unwrap_or(Err(Unseen::Now))? {
+                    return Ok(());
+                }
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            Err(Unseen::Now)
+        };
+        if let Err(unseen) = looked.await {
+            tracing::debug!(ino, ?unseen, "the kernel could not be made to take in an inode's owner");
+        }
+    }
+
     async fn ask_until_taken_in(&self, ino: u64, told: Data, anew: bool, for_read: bool) -> Result<(), Unseen> {
         // What is done for one inode is done by one thread.
         let lane = &self.urgent[spread(ino, LANES)];
@@ -270,6 +296,10 @@ impl Notify {
             }
             if wait.await.unwrap_or(Err(Unseen::Now))? {
                 break;
+            }
+            if row >= SHOWN_AFTER && !for_read {
+                tracing::debug!(ino, "a file is being changed for long; who only looks at it is shown what it is");
+                return Err(Unseen::Now);
             }
             if row >= ROWS_MAX && !self.known.is_changing(ino) {
                 tracing::debug!(ino, "the kernel did not take in the attributes that it asked for");
@@ -324,6 +354,11 @@ impl Lane {
                 Job::Renew(renewal, done) => {
                     let _ = done.send(self.renew(renewal));
                 }
+                Job::Look(ino, done) => {
+                    let looked = self.look(ino);
+                    self.known.hear(ino, self.thread);
+                    let _ = done.send(looked);
+                }
                 Job::Greet(done) => {
                     // The kernel makes the root by itself, of generation 0.
                     let _ = done.send(self.probe.ask(INodeNo::ROOT.0, 0).map(drop));
@@ -343,6 +378,23 @@ impl Lane {
         let renewed = self.ask(renewal);
         self.known.hear(renewal.ino, self.thread);
         renewed
+    }
+
+    fn look(&self, ino: u64) -> Result<bool, Unseen> {
+        // The kernel makes the root by itself, of generation 0.
+        let is_root = ino == INodeNo::ROOT.0;
+        let Some(generation) = self.known.generation(ino).map(|generation| if is_root { 0 } else { generation }) else {
+            return Ok(true);
+        };
+        let _held = self.known.hold(ino);
+        for _ in 0..ASKED_MAX {
+            let seen = self.probe.ask(ino, generation)?;
+            if seen.has == seen.told {
+                return Ok(true);
+            }
+            std::thread::yield_now();
+        }
+        Ok(false)
     }
 
     fn ask(&self, renewal: Renewal) -> Result<bool, Unseen> {

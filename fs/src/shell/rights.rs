@@ -14,6 +14,7 @@ use nix::libc::{S_ISGID, S_ISUID};
 const CHOWN: u32 = 0;
 const FOWNER: u32 = 3;
 const FSETID: u32 = 4;
+const SYS_ADMIN: u32 = 21;
 
 fn has(caller: &Caller, capability: u32) -> bool {
     caller.uid == 0 || has_capability(caller, capability)
@@ -23,9 +24,19 @@ fn is_owner(caller: &Caller, found: &Attributes) -> bool {
     caller.uid == found.uid || has(caller, FOWNER)
 }
 
-/// Whether the caller may not give a file of this group the right to act as the group.
-fn loses_group(caller: &Caller, gid: u32) -> bool {
-    !is_in_group(caller, gid) && !has(caller, FSETID)
+/// Whether the caller may give a file of this group the right to act as the group, and leave it that.
+pub(super) fn acts_as_group(caller: &Caller, gid: u32) -> bool {
+    is_in_group(caller, gid) || has(caller, FSETID)
+}
+
+/// Whether the caller is shown `trusted.` attributes.
+pub(super) fn sees_trusted(caller: &Caller) -> bool {
+    has(caller, SYS_ADMIN)
+}
+
+/// Whether what the caller changes the data of loses the right to act as owner and group.
+pub(super) fn loses_set_ids(caller: &Caller) -> bool {
+    !has(caller, FSETID)
 }
 
 /// What of a change of attributes may be done. `exact_times`: it sets times to other values than now.
@@ -49,7 +60,7 @@ pub(super) fn change(caller: &Caller, exact_times: bool, found: &Attributes, set
         if !only_loses_set_ids && !is_owner(caller, found) {
             return Err(FsError::NotPermitted);
         }
-        if mode & S_ISGID != 0 && found.mode & S_ISGID == 0 && loses_group(caller, set.gid.unwrap_or(found.gid)) {
+        if mode & S_ISGID != 0 && found.mode & S_ISGID == 0 && !acts_as_group(caller, set.gid.unwrap_or(found.gid)) {
             set.mode = Some(mode & !S_ISGID);
         }
     }
@@ -64,7 +75,7 @@ pub(super) fn change_list(caller: &Caller, found: &Attributes) -> Result<bool> {
     if !is_owner(caller, found) {
         return Err(FsError::NotPermitted);
     }
-    Ok(found.mode & S_ISGID != 0 && loses_group(caller, found.gid))
+    Ok(found.mode & S_ISGID != 0 && !acts_as_group(caller, found.gid))
 }
 
 #[cfg(test)]

@@ -12,15 +12,17 @@ use super::handles::Handles;
 use super::known::Known;
 use super::mount::{self, Unmount};
 use super::notify::Notify;
+use super::renames::Renames;
 use super::translate::Identity;
 use crate::{AccessTimes, Attributes, FileSystem, Ino};
+use cluster::BoxFuture;
 use fuser::{Config, Session, SessionACL};
 use parking_lot::Mutex;
-use sld::{Disk, Locks, Mode, ObjectId, Upcalls};
+use sld::{Disk, Locks, Mode, Notices, ObjectId, Upcalls};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -43,6 +45,8 @@ pub struct ServeOptions {
     pub threads: usize,
     /// Cluster-wide file locks, and the node that this is; without them the kernel keeps locks, for this node alone.
     pub locks: Option<(Arc<Locks>, cluster::NodeId)>,
+    /// Tells other nodes what their kernels would not ask for; without them this is the only node.
+    pub notices: Option<Arc<Notices>>,
     /// How long the kernel may believe what it is told: asked for each answer, must not outlive the node's lease.
     pub lifetime: Lifetime,
     /// When reads change access times: of the file system on this node, as the last mount says.
@@ -55,6 +59,7 @@ impl Default for ServeOptions {
             directory: None,
             threads: 0,
             locks: None,
+            notices: None,
             lifetime: Arc::new(|| LIFETIME),
             access_times: AccessTimes::default(),
         }
@@ -128,8 +133,13 @@ impl<D: Disk> Server<D> {
                 true
             }));
         }
+        if let Some(notices) = &options.notices {
+            self.mounts.heed_notices(notices);
+        }
         let front = Arc::new(Front {
             handles,
+            notices: options.notices,
+            renames: Renames::default(),
             fs: self.fs.clone(),
             company,
             known: known.clone(),
@@ -326,6 +336,8 @@ pub(super) trait Peer: Send + Sync {
     fn lost(&self, ino: u64);
     /// An inode has no name any more.
     fn removed(&self, attributes: &Attributes);
+    /// An inode has another owner or group, which the kernel is to know if it may judge by that.
+    fn given(&self, ino: u64) -> BoxFuture<'_, ()>;
     /// All tokens were lost, and the lease before them.
     fn reset(&self);
     /// Things may change from now on without any token moving. Returns after what time nothing is believed any more.
@@ -370,6 +382,15 @@ impl<D: Disk> Peer for Front<D> {
 
     fn removed(&self, attributes: &Attributes) {
         self.known.removed(self.identity.node(attributes.ino), attributes);
+    }
+
+    fn given(&self, ino: u64) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let node = self.identity.node(Ino(ino));
+            if self.known.is_within_reach(node, self.fs.is_open(Ino(ino))) {
+                self.notify.look(node).await;
+            }
+        })
     }
 
     fn reset(&self) {
@@ -423,18 +444,35 @@ struct Mounts {
     live: Arc<AtomicUsize>,
     locks: Mutex<Weak<Locks>>,
     losses: OnceLock<Box<OnLoss>>,
+    heeds: AtomicBool,
 }
 
 impl Mounts {
-    fn each(&self, mut tell: impl FnMut(&dyn Peer)) {
-        let peers: Vec<Arc<dyn Peer>> = {
-            let mut peers = self.peers.lock();
-            peers.retain(|peer| peer.strong_count() > 0);
-            peers.iter().filter_map(Weak::upgrade).collect()
-        };
-        for peer in peers {
-            tell(&*peer);
+    /// Heeds notices of other nodes from now on.
+    fn heed_notices(self: &Arc<Self>, notices: &Notices) {
+        if self.heeds.swap(true, Ordering::SeqCst) {
+            return;
         }
+        let mounts = Arc::downgrade(self);
+        notices.on_notice(Box::new(move |object| {
+            let mounts = mounts.upgrade()?;
+            Some(Box::pin(async move {
+                let ObjectId::Inode(ino) = object else { return };
+                for peer in mounts.peers() {
+                    peer.given(ino).await;
+                }
+            }))
+        }));
+    }
+
+    fn peers(&self) -> Vec<Arc<dyn Peer>> {
+        let mut peers = self.peers.lock();
+        peers.retain(|peer| peer.strong_count() > 0);
+        peers.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn each(&self, mut tell: impl FnMut(&dyn Peer)) {
+        self.peers().iter().for_each(|peer| tell(&**peer));
     }
 }
 

@@ -9,6 +9,8 @@
 //! processes): of those nothing is said.
 
 use nix::libc;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 /// How a thread asks for a lock.
@@ -29,8 +31,8 @@ enum Place {
     Running,
     /// A thread of the kernel.
     Kernel,
-    /// In this call, with this second argument.
-    Call(i64, u64),
+    /// In this call, with these arguments.
+    Call(i64, [u64; 6]),
     /// In none.
     Nowhere,
 }
@@ -41,11 +43,20 @@ const FLOCK_32: i64 = 143;
 const FCNTL_32: [i64; 2] = [55, 221];
 /// `F_SETLK64` and `F_SETLKW64` of such a process.
 const SETLK_32: [u64; 2] = [13, 14];
+/// How often a thread is looked at, a millisecond apart, until it has come to rest.
+const LOOKS_MAX: u32 = 20;
+/// The smallest page of memory.
+const PAGE: usize = 4096;
+/// The longest path that a call takes, with its end.
+const PATH_MAX: usize = 4096;
 /// Bit of the calls of a process with 32-bit pointers on x86-64.
 const X32: i64 = 0x4000_0000;
 
 /// The numbers of `write`, `writev`, `pwrite64`, `sendfile`, `sendfile64`, `splice`, `pwritev`, `pwritev2`, `copy_file_range` there.
 const WRITE_32: [i64; 13] = [4, 146, 181, 187, 239, 313, 334, 340, 362, 377, 379, 391, 393];
+/// The numbers of `rename`; of `renameat` and `renameat2` (of x86, ARM) there.
+const RENAME_32: i64 = 38;
+const RENAME_AT_32: [i64; 4] = [302, 329, 353, 382];
 /// The numbers of `truncate`, `ftruncate` and their 64-bit forms there.
 const TRUNCATE_32: [i64; 4] = [92, 93, 193, 194];
 
@@ -59,7 +70,10 @@ impl Place {
         let numbers: Vec<u64> = words.filter_map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok()).collect();
         match first.parse::<i64>() {
             Ok(_) if numbers.len() > 2 && numbers.iter().all(|n| *n == 0) => Place::Kernel,
-            Ok(call) if call >= 0 && numbers.len() > 2 => Place::Call(call & !X32, numbers[1]),
+            Ok(call) if call >= 0 && numbers.len() > 2 => {
+                let argument = |at: usize| numbers.get(at).copied().unwrap_or_default();
+                Place::Call(call & !X32, std::array::from_fn(argument))
+            }
             _ => Place::Nowhere,
         }
     }
@@ -70,19 +84,21 @@ impl Place {
             return None;
         }
         let path = format!("/proc/{thread}/syscall");
-        loop {
+        for _ in 0..LOOKS_MAX {
             match Place::parse(&std::fs::read_to_string(&path).ok()?) {
                 // It has only to give up its processor.
                 Place::Running => tokio::time::sleep(Duration::from_millis(1)).await,
                 place => return Some(place),
             }
         }
+        // It does not wait for this.
+        Some(Place::Running)
     }
 
     /// The call by which a lock (`F_RDLCK` …) is asked for here; `None` if there is none: this is not the thread that asks.
     fn lock_call(self, request: i32) -> Option<LockCall> {
         let (call, second) = match self {
-            Place::Call(call, second) => (call, second),
+            Place::Call(call, arguments) => (call, arguments[1]),
             // It locks for a client of a file server, which knows byte ranges only.
             Place::Kernel => return Some(LockCall::Process),
             Place::Running | Place::Nowhere => return None,
@@ -115,6 +131,20 @@ impl Place {
         calls.contains(&call) || copies.contains(&call) || WRITE_32.contains(&call)
     }
 
+    /// Where the two paths of a rename are in the thread's memory, if it is in one.
+    fn renames(self) -> Option<(u64, u64)> {
+        let Place::Call(call, [first, second, _, fourth, ..]) = self else { return None };
+        #[cfg(target_arch = "x86_64")]
+        if call == libc::SYS_rename {
+            return Some((first, second));
+        }
+        if call == RENAME_32 {
+            return Some((first, second));
+        }
+        let at = [libc::SYS_renameat, libc::SYS_renameat2].contains(&call) || RENAME_AT_32.contains(&call);
+        at.then_some((second, fourth))
+    }
+
     /// Whether a program sets a file's size here.
     fn sets_size(self) -> bool {
         let Place::Call(call, _) = self else { return false };
@@ -126,6 +156,55 @@ impl Place {
 /// seen.
 pub(super) async fn lock_call(thread: u32, request: i32) -> Option<LockCall> {
     Place::of(thread).await?.lock_call(request)
+}
+
+/// The names of a rename.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Renaming {
+    /// The name that it moves, and the one that it moves it to.
+    pub(super) from: Vec<u8>,
+    pub(super) to: Vec<u8>,
+    /// The directories' names before these, if they are named.
+    pub(super) from_dir: Option<Vec<u8>>,
+    pub(super) to_dir: Option<Vec<u8>>,
+}
+
+impl Renaming {
+    pub(super) fn of(from: &[u8], to: &[u8]) -> Self {
+        let parts = |path: &[u8]| {
+            let mut parts = path.rsplit(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".");
+            let last = parts.next().unwrap_or_default().to_vec();
+            (last, parts.next().filter(|dir| *dir != b"..").map(<[u8]>::to_vec))
+        };
+        let ((from, from_dir), (to, to_dir)) = (parts(from), parts(to));
+        Renaming { from, to, from_dir, to_dir }
+    }
+}
+
+/// A string in a thread's memory.
+fn string_at(memory: &File, at: u64) -> Option<Vec<u8>> {
+    let mut string = Vec::new();
+    while string.len() < PATH_MAX {
+        // What follows its page may not be there.
+        let from = at.checked_add(string.len() as u64)?;
+        let mut part = vec![0; PAGE - (from % PAGE as u64) as usize];
+        memory.read_exact_at(&mut part, from).ok()?;
+        match part.iter().position(|b| *b == 0) {
+            Some(end) => {
+                string.extend_from_slice(&part[..end]);
+                return Some(string);
+            }
+            None => string.extend(part),
+        }
+    }
+    None
+}
+
+/// The names of the rename that a thread is in, which waits for an answer; `None` if it is in none, or cannot be seen.
+pub(super) async fn renames(thread: u32) -> Option<Renaming> {
+    let (from, to) = Place::of(thread).await?.renames()?;
+    let memory = File::open(format!("/proc/{thread}/mem")).ok()?;
+    Some(Renaming::of(&string_at(&memory, from)?, &string_at(&memory, to)?))
 }
 
 /// Whether a thread is seen to write, and waits for the end of that.

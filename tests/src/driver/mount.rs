@@ -317,7 +317,6 @@ impl Driver for MountDriver {
         Traits {
             protects_links: links.is_ok_and(|value| value.trim() != "0"),
             shows_failed_whiteouts: kind == Some(nix::sys::statfs::EXT4_SUPER_MAGIC),
-            keeps_lock_mode: kind == Some(nix::sys::statfs::FUSE_SUPER_MAGIC),
             coarse_times: kind != Some(nix::sys::statfs::FUSE_SUPER_MAGIC),
         }
     }

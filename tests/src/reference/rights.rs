@@ -106,13 +106,13 @@ impl Oracle {
 
     /// A file has got another owner, or (`changed`) other contents: it no longer acts as anybody. Root may change contents.
     pub(super) fn drop_set_ids(&mut self, ino: u64, changed: bool) {
-        let (actor, keeps) = (self.actor, self.traits.keeps_lock_mode);
+        let actor = self.actor;
         let node = self.node_mut(ino);
         if node.is_dir() || changed && (actor.is_root() || node.kind() != FileKind::File) {
             return;
         }
-        // Set-group-id without the group's right to execute means something else.
-        let group = node.mode & 0o010 != 0 || !keeps && !actor.is_root() && actor.gid != node.gid;
+        // Set-group-id without the group's right to execute means something else, and is left to the group's members.
+        let group = node.mode & 0o010 != 0 || !actor.is_root() && actor.gid != node.gid;
         node.mode &= if group { !(SET_UID | SET_GID) } else { !SET_UID };
     }
 }

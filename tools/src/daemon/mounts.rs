@@ -117,6 +117,7 @@ impl Mounts {
             access_times: mount::MountOptions::parse(&options, true)?.parsed.access_times(),
             lifetime: self.node.lifetime(),
             locks: Some(self.node.locks()),
+            notices: Some(self.node.notices()),
             ..ServeOptions::default()
         };
         let handle = Arc::new(server.serve(fuse, serve).context(|| format!("cannot serve {fs}"))?);

@@ -70,6 +70,7 @@ pub struct Node {
     mirror: Arc<Mirror>,
     sld: Arc<Sld>,
     locks: Arc<sld::Locks>,
+    notices: Arc<sld::Notices>,
     peers: OnceLock<Arc<Peers>>,
     events: Arc<EventLog>,
     leader: Leader,
@@ -120,8 +121,10 @@ impl Node {
         let options = sld::Options { cache_bytes, dirty_bytes: (cache_bytes / 4).max(16 << 20), ..sld::Options::default() };
         let sld = Sld::start(cluster.clone(), mirror.mirrors(), options);
         let locks = sld::Locks::start(cluster.clone());
+        let notices = sld::Notices::start(cluster.clone());
         let node = Arc::new(Node {
             locks,
+            notices,
             events: Arc::new(EventLog::new(wall_ns.clone())),
             leader,
             wall_ns,
@@ -343,6 +346,12 @@ impl Node {
         let fs = Arc::new(fs.context(|| format!("cannot open {name}"))?);
         open.insert(id, fs.clone());
         Ok((id, fs))
+    }
+
+    /// What tells the other nodes of changes.
+    #[must_use]
+    pub fn notices(&self) -> Arc<sld::Notices> {
+        self.notices.clone()
     }
 
     /// The lock service, and which node this is.

@@ -249,7 +249,7 @@ fn a_full_disk_refuses_and_forgets_nothing() {
         let ino = f.file(b"a").await;
         let mut written = 0u64;
         let error = loop {
-            match f.fs.write_if(ino, At::End, Payload::new(0, &[3; 65_536]), false, &|| true).await {
+            match f.fs.write_if(ino, At::End, Payload::new(0, &[3; 65_536]), Terms::NONE).await {
                 Ok((offset, count)) => {
                     assert_eq!(offset, written);
                     written += count;
@@ -311,7 +311,7 @@ fn a_write_that_does_not_fit_writes_what_does_and_says_how_much() {
         let f = fixture(&[600]).await;
         let (ino, other) = (f.file(b"a").await, f.file(b"b").await);
         f.fs.allocate(other, Allocate::Reserve, 0, 100 * BS, false).await.unwrap();
-        let write = |at, len: u64| f.fs.write_if(ino, at, Payload::new(0, &vec![9; len as usize]), false, &|| true);
+        let write = |at, len: u64| f.fs.write_if(ino, at, Payload::new(0, &vec![9; len as usize]), Terms::NONE);
         // Two parts that end where a block does, of which the first fits.
         let end = f.disk_free().await * BS;
         assert!(end > MIB && end < 2 * MIB);
