@@ -5,7 +5,7 @@ use super::testing::{CutOff, Fixture, fixture};
 use super::tests::{ROOT, clock};
 use super::xattr::SetMode;
 use super::*;
-use crate::{NewNode, OpenFlags, RenameFlags, SetAttributes};
+use crate::{NewNode, OpenFlags, RenameFlags, SetAttributes, SetTime};
 use cluster::BLOCK_SIZE;
 use std::future::Future;
 use std::pin::pin;
@@ -222,6 +222,35 @@ async fn an_operation_that_has_committed_nothing_when_its_node_is_cut_off_begins
         fs.write_if(file, At::Offset(0), Payload::new(0, &long), Terms { allowed: &second, ..Terms::NONE }).await,
         Err(FsError::Disk(sld::DiskError::Lost))
     );
+    let lost = FsError::Disk(sld::DiskError::Lost);
+    let source = fs.make(&ROOT, root, b"source", NewNode::File, 0o644).await.unwrap().ino;
+    fs.write(source, At::Offset(0), Payload::new(0, &long), false).await.unwrap();
+    let asked = AtomicU64::new(0);
+    let second = || {
+        if asked.fetch_add(1, Ordering::Relaxed) == 1 {
+            f.disk.refuse_commits(1);
+        }
+        true
+    };
+    let terms = Terms { allowed: &second, ..Terms::NONE };
+    assert_eq!(fs.allocate_on(file, Allocate::Zero, 0, 3 << 20, false, terms).await, Err(lost.clone()));
+    asked.store(0, Ordering::Relaxed);
+    assert_eq!(fs.copy_range_on((source, 0), (file, 0), 3 << 20, terms).await, Err(lost.clone()));
+    asked.store(0, Ordering::Relaxed);
+    let emptied = SetAttributes { size: Some(0), mtime: Some(SetTime::Now), ..SetAttributes::default() };
+    let permit = |_: &Attributes, set| Ok(set);
+    assert_eq!(fs.set_attributes_on(file, emptied, terms, &permit).await, Err(lost));
+}
+
+#[tokio::test]
+async fn a_change_of_owner_to_what_it_is_already_is_a_change() {
+    let f = fixture(&[4000]).await;
+    let file = f.file(b"f").await;
+    let mode = SetAttributes { mode: Some(0o6755), ..SetAttributes::default() };
+    let before = f.fs.set_attributes(&ROOT, file, mode).await.unwrap();
+    let after = f.fs.set_attributes(&ROOT, file, SetAttributes::default()).await.unwrap();
+    assert!(after.ctime > before.ctime && after.mtime == before.mtime);
+    assert_eq!((before.mode & 0o7777, after.mode & 0o7777), (0o6755, 0o755));
 }
 
 #[tokio::test]

@@ -39,6 +39,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 
@@ -282,7 +283,6 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
         let along = mode.is_some() && (size.is_some() || uid.is_some() || gid.is_some());
         let exact = |time: Option<TimeOrNow>| matches!(time, Some(TimeOrNow::SpecificTime(_)));
         let exact_times = exact(atime) || exact(mtime);
-        let given = uid.is_some() || gid.is_some();
         let change = SetAttributes {
             mode: mode.filter(|_| !along),
             kill: along,
@@ -306,10 +306,15 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let kill = change.size.is_some() && rights::loses_set_ids(&caller);
             let is_in_group = |gid| rights::acts_as_group(&caller, gid);
             let terms = Terms { kill, is_in_group: &is_in_group, allowed: &allowed };
-            let permit = |found: &Attributes, set| rights::change(&caller, exact_times, found, set);
+            let given = AtomicBool::new(false);
+            let permit = |found: &Attributes, set: SetAttributes| {
+                let is_other = |to: Option<u32>, from| to.is_some_and(|to| to != from);
+                given.store(is_other(set.uid, found.uid) || is_other(set.gid, found.gid), Ordering::Relaxed);
+                rights::change(&caller, exact_times, found, set)
+            };
             let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
             drop(changing);
-            if given && result.is_ok() {
+            if given.into_inner() && result.is_ok() {
                 front.given(ino).await;
             }
             front.changed(start, caller.pid, result, reply);

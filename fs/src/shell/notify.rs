@@ -48,7 +48,7 @@ const PATIENT_MAX: usize = 3;
 const EQUAL_MAX: usize = 100;
 /// Rows after which who asks for attributes is answered in any case: while a call makes a large file, or cuts one, the kernel takes
 /// nothing in, but what it shows to who asks is the answer itself.
-const SHOWN_AFTER: usize = 50;
+const SHOWN_AFTER: usize = 150;
 /// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
 const ROWS_MAX: usize = 1000;
 

@@ -1,9 +1,11 @@
 //! Which system call a thread makes that waits for its answer.
 //!
 //! A lock is asked for by `flock`, or by `fcntl` for its process or for an open file: the kernel says in the request whether it is a
-//! flock, but the library between does not pass that on. A file's size is set by programs, and by the kernel itself when an asynchronous
-//! write has failed: back to what it takes for the size, which is another one if other nodes have written. Once a request has been taken from the kernel its thread stays in the system call that it is for, whatever signals it gets, until it is
-//! answered: `/proc/TID/syscall` tells which one that is.
+//! flock, but the library between does not pass that on. A file's size is set by programs, and by the kernel itself when an
+//! asynchronous write has failed: back to what it takes for the size, which is another one if other nodes have written. A name is looked
+//! up for a rename, as its first or its second one, or for something else. Once a request has been taken from the kernel its thread
+//! stays in the system call that it is for, whatever signals it gets, until it is answered: `/proc/TID/syscall` tells which one that
+//! is, and `/proc/TID/mem` the paths. (Who waits for no answer, but for asynchronous ones, may be seen to run for ever; that is no call.)
 //!
 //! Excludes: threads that cannot be seen from here (another process namespace, a daemon that must not look at other
 //! processes): of those nothing is said.

@@ -107,6 +107,7 @@ impl Notices {
                     return;
                 }
                 tokio::select! {
+                    biased;
                     () = heeded => {}
                     () = &mut again => break,
                     changed = view.changed() => {
