@@ -85,6 +85,11 @@ impl<D: Disk> FileSystem<D> {
         self.opens.lock().counts.contains_key(&ino.0)
     }
 
+    /// All inodes that this node has open.
+    pub(crate) fn open_inodes(&self) -> Vec<Ino> {
+        self.opens.lock().counts.keys().copied().map(Ino).collect()
+    }
+
     /// Opens an inode (a file or a directory): it lives until it is closed, with or without a name.
     ///
     /// # Errors

@@ -67,20 +67,36 @@ impl<D: Disk> FileSystem<D> {
         new_name: &[u8],
         flags: RenameFlags,
     ) -> Result<()> {
+        self.rename_told(caller, parent, name, new_parent, new_name, flags).await.map(drop)
+    }
+
+    /// Renames. Returns what is to be had by the new name now, and of an exchange by the old one; nothing, if both were one inode.
+    ///
+    /// # Errors
+    /// Those of `rename`.
+    pub(crate) async fn rename_told(
+        &self,
+        caller: &Caller,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+    ) -> Result<Option<(Ino, Option<Ino>)>> {
         check_name(name)?;
         check_name(new_name)?;
         if [name, new_name].iter().any(|n| *n == b"." || *n == b"..") {
             return Err(FsError::Busy);
         }
-        let orphans = self.again(|| self.try_rename(caller, parent, name, new_parent, new_name, flags)).await?;
+        let (orphans, moved) = self.again(|| self.try_rename(caller, parent, name, new_parent, new_name, flags)).await?;
         if self.lingers_too_much() {
             self.let_go(false).await;
         }
         self.free_later(orphans).await;
-        Ok(())
+        Ok(moved)
     }
 
-    /// Renames. Returns what is to be freed then.
+    /// Renames. Returns what is to be freed then, and what was moved.
     async fn try_rename(
         &self,
         caller: &Caller,
@@ -89,7 +105,7 @@ impl<D: Disk> FileSystem<D> {
         new_parent: Ino,
         new_name: &[u8],
         flags: RenameFlags,
-    ) -> Result<Vec<Ino>> {
+    ) -> Result<(Vec<Ino>, Option<(Ino, Option<Ino>)>)> {
         let mut locks = Locks::new([(parent.object(), Mode::Exclusive), (new_parent.object(), Mode::Exclusive)]);
         loop {
             let mut work = self.begin(&mut locks).await?;
@@ -115,7 +131,7 @@ impl<D: Disk> FileSystem<D> {
                 return Err(FsError::NotFound);
             }
             if displaced.as_ref().is_some_and(|d| d.ino == moved.ino) {
-                return Ok(Vec::new()); // Rule 6: two names of one inode.
+                return Ok((Vec::new(), None)); // Rule 6: two names of one inode.
             }
             let moves_directory = work.inode(moved.ino)?.is_directory();
             if moves_directory && new.damage.is_some() {
@@ -170,7 +186,8 @@ impl<D: Disk> FileSystem<D> {
             }
             drop((held, adopted));
             new.tell_damage();
-            return Ok(done.orphans);
+            let back = displaced.filter(|_| exchange).map(|displaced| displaced.ino);
+            return Ok((done.orphans, Some((moved.ino, back))));
         }
     }
 

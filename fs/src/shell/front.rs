@@ -128,12 +128,16 @@ impl<D: Disk> Front<D> {
     /// set attributes, and remove from a sticky directory. So all kernels that may do so are made to take it in before the change is
     /// over.
     pub(super) async fn given(&self, ino: INodeNo) {
-        let Some(notices) = &self.notices else { return };
-        let object = self.identity.ino(ino).object();
-        if self.company.has_others() {
-            notices.heed(object).await;
-        }
-        notices.tell(object).await;
+        let Some(notices) = self.notices.clone() else { return };
+        let (object, has_others) = (self.identity.ino(ino).object(), self.company.has_others());
+        // Also if who gave it away is killed: it is given.
+        let told = self.runtime.spawn(async move {
+            if has_others {
+                notices.heed(object).await;
+            }
+            notices.tell(object).await;
+        });
+        let _ = told.await;
     }
 
     /// Makes the kernel ask for attributes anew; returns how long to wait before something is done that relies on this.

@@ -42,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
+use tokio::time::Instant;
 
 /// Requests that the kernel may have under way on its own account (read-ahead, write-back of mappings, asynchronous I/O).
 const BACKGROUND_MAX: u16 = 128;
@@ -201,8 +202,9 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                 return front.entry(start, None, front.fs.lookup(dir, &name).await, caller.pid, How::Ordinary, reply);
             }
             let _looking = front.known.look_in(parent.0);
+            let arrived = Instant::now();
             let result = front.fs.lookup(dir, &name).await;
-            let result = front.beside_renames(caller.pid, parent, &name, result).await;
+            let result = front.beside_renames(arrived, caller.pid, parent, &name, result).await;
             if let Err(error) = &result
                 && error.is_damage()
                 && let Ok(Some(stand_in)) = front.fs.lookup_damaged(dir, &name).await
@@ -247,7 +249,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
                     ttl = Duration::ZERO;
                 } else if anew || front.known.doubt(ino.0, caller.pid, told) {
                     // No page lock is held by a GETATTR, and no token by this operation any more; who asks needs no other lock.
-                    let renewed = front.notify.renew(ino.0, told, anew, handle.is_some()).await;
+                    let renewed = front.notify.renew(ino.0, told, anew, handle.is_some(), caller.pid).await;
                     if renewed.is_err() && handle.is_some() {
                         // The best that is left: a time that it cannot have, so that it purges, unless this answer is lost. No program
                         // is shown what a read() asked for, and nobody believes it.
@@ -392,10 +394,11 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let _moving = front.known.move_name(parent.0, new_parent.0);
             let is_exchange = flags == crate::RenameFlags::Exchange;
             let _back = is_exchange.then(|| front.known.move_name(new_parent.0, parent.0));
-            let result = front.fs.rename(&caller, from, &name, to, &new_name, flags).await;
+            let result = front.fs.rename_told(&caller, from, &name, to, &new_name, flags).await;
+            front.renamed(&result, (parent, &name), (new_parent, &new_name));
             front.overtake(parent, caller.pid);
             front.overtake(new_parent, caller.pid);
-            empty(result, reply);
+            empty(result.map(drop), reply);
         });
     }
 

@@ -573,6 +573,11 @@ impl Known {
         Seen::Purge
     }
 
+    /// Whether a thread may still make the kernel take in older attributes.
+    pub(crate) fn may_be_forced(&self, ino: u64) -> bool {
+        self.shard(ino).lock().get(&ino).and_then(|inode| inode.unheard()).is_some_and(Unheard::may_be_forced)
+    }
+
     /// Who is gone has taken in what it was told.
     pub(crate) fn hear_gone(&self, ino: u64, is_gone: impl Fn(u32) -> bool) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
@@ -785,24 +790,30 @@ impl Known {
         self.shard(ino).lock().get(&ino).map(|inode| inode.generation)
     }
 
-    /// By which name the kernel was told of an inode last.
-    pub(crate) fn found(&self, ino: u64) -> Option<Found> {
-        self.shard(ino).lock().get(&ino).map(|inode| inode.found).filter(|found| *found != Found::default())
+    /// Whether the kernel may believe, or have believed at a moment, that an inode is to be had by another name than this one.
+    pub(crate) fn is_known_elsewhere(&self, ino: u64, found: Found, moment: Instant) -> bool {
+        self.shard(ino).lock().get(&ino).is_some_and(|inode| {
+            let since = moment.elapsed() + names::RUN_OUT + STAMP;
+            let is_fresh = self.elapsed(inode.found_at).is_some_and(|time| time < since);
+            is_fresh && inode.found != found && inode.found != Found::default()
+        })
     }
 
-    /// The kernel has learnt that an inode is not to be had any more by the name that it was told by.
-    pub(crate) fn lose_name(&self, ino: u64) {
+    /// This node has moved an inode, as the kernel does with its name when it is told so.
+    pub(crate) fn moved(&self, ino: u64, to: Found) {
         if let Some(inode) = self.shard(ino).lock().get_mut(&ino) {
-            inode.found = Found::default();
+            inode.found = to;
         }
     }
 
     /// Whether a program may act on an inode without the kernel's asking for it first, which then judges by the owner that it was
-    /// told last: the inode is open, or a name that leads to it is still believed, or it is a directory, in which somebody may be.
+    /// told last: the inode is open, or a name that leads to it is still believed, or may be on its way, or it is a directory, in
+    /// which somebody may be.
     pub(crate) fn is_within_reach(&self, ino: u64, is_open: bool) -> bool {
         self.shard(ino).lock().get(&ino).is_some_and(|inode| {
             let is_named = self.elapsed(inode.found_at).is_some_and(|time| time < names::RUN_OUT + STAMP);
-            is_open || is_named || !inode.is_file
+            let is_sought = self.asking.load(Ordering::SeqCst) > 0;
+            is_open || is_named || is_sought || !inode.is_file
         })
     }
 

@@ -18,6 +18,7 @@
 use super::apart::set_apart;
 use super::known::{Data, Known, Refresh, Revocation, Seen, spread};
 use super::probe::{self, Device as Number, Probe, Unseen};
+use super::syscall;
 use fuser::INodeNo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::gettid;
@@ -46,8 +47,8 @@ const PATIENT_MAX: usize = 3;
 /// Rows after which a larger size will do, if the file is being changed: it may be that of a write that has just ended. Before, it
 /// is more likely one that another node has cut.
 const EQUAL_MAX: usize = 100;
-/// Rows after which who asks for attributes is answered in any case: while a call makes a large file, or cuts one, the kernel takes
-/// nothing in, but what it shows to who asks is the answer itself.
+/// Rows after which a program that is to be shown attributes is answered in any case: while a call makes a large file, or cuts one, the
+/// kernel takes nothing in, but what `stat` shows is the answer itself. (Who opens the file is judged by what it has taken in.)
 const SHOWN_AFTER: usize = 150;
 /// Rows after which it is given up, unless the file's data is being changed, which can take as long as a token does.
 const ROWS_MAX: usize = 1000;
@@ -128,8 +129,8 @@ struct Renewal {
 enum Job {
     /// Make the kernel take in a version and purge what is older; tells whether it has.
     Renew(Renewal, oneshot::Sender<Result<bool, Unseen>>),
-    /// Make the kernel take in what an inode is; tells whether it has.
-    Look(u64, oneshot::Sender<Result<bool, Unseen>>),
+    /// Make the kernel take in what an inode is; tells whether it has, and (if so it is wanted) nobody may undo it.
+    Look(u64, bool, oneshot::Sender<Result<bool, Unseen>>),
     /// Ask for the root.
     Greet(oneshot::Sender<Result<(), Unseen>>),
     /// Purge if that is to be done just now; tells what was.
@@ -252,9 +253,9 @@ impl Notify {
     /// # Errors
     /// The kernel cannot be asked. If it never can be, it is taken for granted from now on that it has this version: the answer must
     /// make it so.
-    pub(crate) async fn renew(&self, ino: u64, told: Data, anew: bool, for_read: bool) -> Result<(), Unseen> {
+    pub(crate) async fn renew(&self, ino: u64, told: Data, anew: bool, for_read: bool, thread: u32) -> Result<(), Unseen> {
         let renewed = match self.can_recognise().await {
-            Ok(()) => self.ask_until_taken_in(ino, told, anew, for_read).await,
+            Ok(()) => self.ask_until_taken_in(ino, told, anew, for_read, thread).await,
             Err(unseen) => Err(unseen),
         };
         if renewed == Err(Unseen::Ever) {
@@ -267,9 +268,10 @@ impl Notify {
     pub(crate) async fn look(&self, ino: u64) {
         let looked = async {
             self.can_recognise().await?;
-            for _ in 0..ROWS_MAX {
+            for row in 0..ROWS_MAX {
                 let (done, wait) = oneshot::channel();
-                if self.urgent[spread(ino, LANES)].send(Job::Look(ino, done)).await.is_err() {
+                let patient = row < PATIENT_MAX;
+                if self.urgent[spread(ino, LANES)].send(Job::Look(ino, patient, done)).await.is_err() {
                     break;
                 }
                 if wait.await.unwrap_or(Err(Unseen::Now))? {
@@ -280,11 +282,12 @@ impl Notify {
             Err(Unseen::Now)
         };
         if let Err(unseen) = looked.await {
+            // It is gone, or the mount is; or a call that makes the file large, or cuts it, lasts for seconds.
             tracing::debug!(ino, ?unseen, "the kernel could not be made to take in an inode's owner");
         }
     }
 
-    async fn ask_until_taken_in(&self, ino: u64, told: Data, anew: bool, for_read: bool) -> Result<(), Unseen> {
+    async fn ask_until_taken_in(&self, ino: u64, told: Data, anew: bool, for_read: bool, thread: u32) -> Result<(), Unseen> {
         // What is done for one inode is done by one thread.
         let lane = &self.urgent[spread(ino, LANES)];
         for row in 0.. {
@@ -297,8 +300,8 @@ impl Notify {
             if wait.await.unwrap_or(Err(Unseen::Now))? {
                 break;
             }
-            if row >= SHOWN_AFTER && !for_read {
-                tracing::debug!(ino, "a file is being changed for long; who only looks at it is shown what it is");
+            if row >= SHOWN_AFTER && !for_read && row % SHOWN_AFTER == 0 && syscall::stats(thread).await {
+                tracing::debug!(ino, "a file is being changed for long; who is shown its attributes does not wait");
                 return Err(Unseen::Now);
             }
             if row >= ROWS_MAX && !self.known.is_changing(ino) {
@@ -354,8 +357,8 @@ impl Lane {
                 Job::Renew(renewal, done) => {
                     let _ = done.send(self.renew(renewal));
                 }
-                Job::Look(ino, done) => {
-                    let looked = self.look(ino);
+                Job::Look(ino, patient, done) => {
+                    let looked = self.look(ino, patient);
                     self.known.hear(ino, self.thread);
                     let _ = done.send(looked);
                 }
@@ -380,7 +383,7 @@ impl Lane {
         renewed
     }
 
-    fn look(&self, ino: u64) -> Result<bool, Unseen> {
+    fn look(&self, ino: u64, patient: bool) -> Result<bool, Unseen> {
         // The kernel makes the root by itself, of generation 0.
         let is_root = ino == INodeNo::ROOT.0;
         let Some(generation) = self.known.generation(ino).map(|generation| if is_root { 0 } else { generation }) else {
@@ -390,7 +393,10 @@ impl Lane {
         for _ in 0..ASKED_MAX {
             let seen = self.probe.ask(ino, generation)?;
             if seen.has == seen.told {
-                return Ok(true);
+                if !patient || !self.known.may_be_forced(ino) {
+                    return Ok(true);
+                }
+                self.known.hear_gone(ino, probe::is_gone);
             }
             std::thread::yield_now();
         }

@@ -3,32 +3,39 @@
 //! For `rename(a, b)` the kernel looks up first `a`, then `b`, and if both are the same inode, two names of one file, there is nothing to
 //! do: it says so without asking us. But if another node has moved `a` to `b` in between, or while the kernel still believed `a`, this
 //! is no success: there is no `a` any more (and of an exchange only the other one has taken place). So when a thread that is in such a
-//! call looks up the second name, and is about to be told an inode that its kernel knows by the first one, it is told `ESTALE`
-//! instead. Then the kernel begins the call once more, and believes nothing.
+//! call looks up a name, and is about to be told an inode that its kernel was told by another one just before, it is told `ESTALE`
+//! instead. Then the kernel begins the call once more, looks up everything anew, and believes nothing.
+//!
+//! In this second turn the first name is looked up before the second one. If neither it nor anything else was the inode, the second
+//! one is answered as it is. If it still is, others move the inode to and fro just now, and the second name is looked up until that
+//! is over, for a while. (In the first turn the kernel may look up the second name twice in a row, if it knew that as something
+//! else.)
 //!
 //! Invariants:
-//! - Who looks up the first name of a rename is never told so: the two are told apart by their names, and if these are the same by the
-//!   directories' names before them.
-//! - Once the first name has been looked up anew the second one is answered as it is, but that if both still are the same inode
-//!   it is looked up again, for a while: others exchange the two just now.
-//! - What is remembered is bounded.
+//! - What this node's own renames have moved is known by its new name, as it is in the kernel: who renames again and again is
+//!   told nothing of the kind.
+//! - What is remembered is bounded, in number and in time.
 //!
-//! Excludes: inodes that have several names, of which the two may be; directories that are named in neither path (`renameat` with
-//! descriptors, of equal names), and threads that cannot be seen from here (`syscall`): for these nothing is changed.
+//! Excludes: inodes that have several names, of which the two may be; threads that cannot be seen from here (`syscall`): for these
+//! nothing is changed. No memory of processes is read: a process could make the reader wait.
 
 use super::front::Front;
 use super::names::Found;
-use super::syscall::{self, Renaming};
-use crate::{Attributes, FileKind, FsError};
+use super::syscall;
+use crate::{Attributes, FileKind, FsError, Ino};
 use fuser::INodeNo;
 use parking_lot::Mutex;
 use sld::Disk;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Threads remembered that were told to begin again.
+/// Threads remembered that were told to begin again, and for how long.
 const MARKS_MAX: usize = 64;
+const MARK_LASTS: Duration = Duration::from_secs(5);
+/// A name is looked up so often in a row in one turn.
+const IN_A_ROW_MAX: u32 = 2;
 /// How often, and after what time, a second name is looked up again that still is the same inode.
 const AGAIN_MAX: u32 = 50;
 const AGAIN: Duration = Duration::from_millis(1);
@@ -37,13 +44,26 @@ const AGAIN: Duration = Duration::from_millis(1);
 #[derive(Clone, Copy, Debug)]
 struct Mark {
     thread: u32,
-    /// The inode that both names led to.
+    at: Instant,
+    /// The inode, and by which name it was found.
     node: u64,
-    /// The first name, and where the second one is.
-    from: u32,
-    target: Found,
-    /// The first name was looked up anew, and still is the inode.
-    confirmed: bool,
+    found: Found,
+    /// How often that was told in a row.
+    told: u32,
+    /// Something else was looked up since; and that was the inode, too.
+    second_turn: bool,
+    still: bool,
+}
+
+/// What a thread is to be told that is about to be told an inode by a second name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tell {
+    /// To begin again.
+    Again,
+    /// What it is.
+    Inode,
+    /// What it is as soon as it is something else.
+    Other,
 }
 
 /// Threads that were told to begin their renames again.
@@ -54,63 +74,46 @@ pub(crate) struct Renames {
 }
 
 impl Renames {
-    /// A thread has looked up a name, which is this inode now. Returns the inode for which it was told to begin again, if that was
-    /// to be had by this name and is not any more.
-    fn looked_up(&self, thread: u32, found: Found, node: Option<u64>) -> Option<u64> {
+    /// A thread has looked up a name, which is this inode now.
+    fn looked_up(&self, thread: u32, found: Found, node: Option<u64>) {
         if self.count.load(Ordering::SeqCst) == 0 {
-            return None;
+            return;
         }
         let mut marks = self.marks.lock();
-        let is_first = |mark: &Mark| mark.thread == thread && mark.from == found.name && mark.target != found;
-        let at = marks.iter().position(is_first)?;
-        let of = marks[at].node;
-        if node == Some(of) {
-            marks[at].confirmed = true;
-            return None;
+        marks.retain(|mark| mark.at.elapsed() < MARK_LASTS);
+        if let Some(mark) = marks.iter_mut().find(|mark| mark.thread == thread && mark.found != found) {
+            mark.second_turn = true;
+            mark.still |= node == Some(mark.node);
         }
-        marks.remove(at);
         self.count.store(marks.len(), Ordering::SeqCst);
-        Some(of)
     }
 
-    /// A thread is told to begin again. True: it was before, and the first name is the same inode still.
-    fn begin_again(&self, mark: Mark) -> bool {
+    /// A thread is about to be told an inode by this name, by which its kernel does not know it.
+    fn second(&self, thread: u32, found: Found, node: u64) -> Tell {
         let mut marks = self.marks.lock();
-        let old = marks.iter().position(|m| m.thread == mark.thread).and_then(|at| marks.remove(at));
-        let again = old.is_some_and(|old| old.confirmed && old.node == mark.node && old.target == mark.target);
-        if !again {
+        let old = marks.iter().position(|m| m.thread == thread).and_then(|at| marks.remove(at));
+        let old = old.filter(|old| old.node == node && old.found == found && old.at.elapsed() < MARK_LASTS);
+        let (tell, told) = match old {
+            Some(old) if old.second_turn && old.still => (Tell::Other, 0),
+            Some(old) if old.second_turn || old.told == IN_A_ROW_MAX => (Tell::Inode, 0),
+            old => (Tell::Again, old.map_or(0, |old| old.told) + 1),
+        };
+        if tell == Tell::Again {
             if marks.len() == MARKS_MAX {
                 marks.pop_front();
             }
-            marks.push_back(mark);
+            marks.push_back(Mark { thread, at: Instant::now(), node, found, told, second_turn: false, still: false });
         }
         self.count.store(marks.len(), Ordering::SeqCst);
-        again
-    }
-}
-
-/// Whether it is the second name of a rename that is looked up, in a directory that the kernel knows by `directory`, and the inode that is
-/// there is known by the first one.
-fn is_second(renaming: &Renaming, name: &[u8], directory: Option<Found>, known: Found) -> bool {
-    let hash = |name: &[u8]| Found::new(0, name).name;
-    if renaming.to != name || hash(&renaming.from) != known.name {
-        return false;
-    }
-    if renaming.from != renaming.to {
-        return true;
-    }
-    let is = |named: &Option<Vec<u8>>| named.as_ref().zip(directory).map(|(named, found)| hash(named) == found.name);
-    match (is(&renaming.from_dir), is(&renaming.to_dir)) {
-        (Some(true), _) | (_, Some(false)) => false,
-        (_, Some(true)) | (Some(false), _) => true,
-        (None, None) => false,
+        tell
     }
 }
 
 impl<D: Disk> Front<D> {
-    /// What a thread is to be told that has looked up a name.
+    /// What a thread is to be told that has looked up a name, with a request that came at `arrived`.
     pub(super) async fn beside_renames(
         &self,
+        arrived: Instant,
         thread: u32,
         directory: INodeNo,
         name: &[u8],
@@ -118,28 +121,41 @@ impl<D: Disk> Front<D> {
     ) -> Result<Attributes, FsError> {
         let found = Found::new(directory.0, name);
         let node_of = |result: &Result<Attributes, FsError>| result.as_ref().ok().map(|a| self.identity.node(a.ino));
-        if let Some(other) = self.renames.looked_up(thread, found, node_of(&result)) {
-            self.known.lose_name(other);
-        }
+        self.renames.looked_up(thread, found, node_of(&result));
         let Some(node) = node_of(&result) else { return result };
         let has_names = result.as_ref().is_ok_and(|a| a.kind != FileKind::Directory && a.nlink > 1);
-        let Some(known) = self.known.found(node).filter(|known| *known != found && !has_names) else { return result };
-        let Some(renaming) = syscall::renames(thread).await else { return result };
-        if !is_second(&renaming, name, self.known.found(directory.0), known) {
+        if has_names || !self.known.is_known_elsewhere(node, found, arrived) || !syscall::renames(thread).await {
             return result;
         }
-        let mark = Mark { thread, node, from: known.name, target: found, confirmed: false };
-        if !self.renames.begin_again(mark) {
-            return Err(FsError::Stale);
-        }
-        for _ in 0..AGAIN_MAX {
-            tokio::time::sleep(AGAIN).await;
-            let result = self.fs.lookup(self.identity.ino(directory), name).await;
-            if node_of(&result) != Some(node) {
-                return result;
+        match self.renames.second(thread, found, node) {
+            Tell::Inode => result,
+            Tell::Again => Err(FsError::Stale),
+            Tell::Other => {
+                for _ in 0..AGAIN_MAX {
+                    tokio::time::sleep(AGAIN).await;
+                    let result = self.fs.lookup(self.identity.ino(directory), name).await;
+                    if node_of(&result) != Some(node) {
+                        return result;
+                    }
+                }
+                Err(FsError::Stale)
             }
         }
-        Err(FsError::Stale)
+    }
+
+    /// A rename is about to be answered: the kernel moves its names, too.
+    pub(super) fn renamed(
+        &self,
+        result: &Result<Option<(Ino, Option<Ino>)>, FsError>,
+        from: (INodeNo, &[u8]),
+        to: (INodeNo, &[u8]),
+    ) {
+        let Ok(Some((moved, back))) = result else { return };
+        let place = |(directory, name): (INodeNo, &[u8])| Found::new(directory.0, name);
+        self.known.moved(self.identity.node(*moved), place(to));
+        if let Some(back) = back {
+            self.known.moved(self.identity.node(*back), place(from));
+        }
     }
 }
 
@@ -147,41 +163,35 @@ impl<D: Disk> Front<D> {
 mod tests {
     use super::*;
 
-    fn renaming(from: &str, to: &str) -> Renaming {
-        Renaming::of(from.as_bytes(), to.as_bytes())
-    }
-
-    #[test]
-    fn the_second_name_is_told_from_the_first() {
-        let known = Found::new(5, b"a");
-        let is = |from: &str, to: &str, name: &[u8], directory: &[u8]| {
-            is_second(&renaming(from, to), name, Some(Found::new(1, directory)), known)
-        };
-        assert!(is("/m/a", "/m/b", b"b", b"m") && !is("/m/a", "/m/b", b"a", b"m"));
-        assert!(!is("/m/c", "/m/b", b"b", b"m"), "it is known by another name than the first");
-        assert!(is("q/a", "done/a", b"a", b"done") && !is("q/a", "done/a", b"a", b"q"));
-        assert!(is("a", "done/a", b"a", b"done") && !is("a", "done/a", b"a", b"cwd"));
-        assert!(is("q/a", "a", b"a", b"cwd") && !is("q/a", "a", b"a", b"q"));
-        assert!(!is("a", "a", b"a", b"cwd"), "it cannot be told");
-    }
-
-    #[test]
-    fn who_was_told_to_begin_again_is_not_told_so_when_the_first_name_is_gone() {
+    #[tokio::test(start_paused = true)]
+    async fn the_second_turn_of_a_rename_is_told_what_is_there() {
+        let (a, b, dir) = (Found::new(1, b"a"), Found::new(2, b"b"), Found::new(3, b"dir"));
         let renames = Renames::default();
-        let (first, second) = (Found::new(1, b"a"), Found::new(2, b"b"));
-        let mark = Mark { thread: 7, node: 9, from: first.name, target: second, confirmed: false };
-        assert_eq!(renames.looked_up(7, first, None), None);
-        assert!(!renames.begin_again(mark));
-        assert!(!renames.begin_again(mark), "the kernel looks a name up twice that it knew as something else");
-        assert_eq!(renames.looked_up(7, second, Some(9)), None);
-        assert_eq!(renames.looked_up(8, first, None), None);
-        assert_eq!(renames.looked_up(7, first, None), Some(9));
+        let looked_up = |found, node| renames.looked_up(7, found, node);
+        // Looked up twice in a row; then the first name is gone (and the kernel asks no more), or something else.
+        assert_eq!((renames.second(7, b, 9), renames.second(7, b, 9)), (Tell::Again, Tell::Again));
+        looked_up(dir, Some(5));
+        looked_up(a, Some(8));
+        assert_eq!(renames.second(7, b, 9), Tell::Inode);
         assert_eq!(renames.count.load(Ordering::SeqCst), 0);
-        // Exchanged again meanwhile.
-        assert!(!renames.begin_again(mark));
-        assert_eq!(renames.looked_up(7, first, Some(9)), None);
-        assert!(renames.begin_again(mark));
-        (0..200).for_each(|thread| _ = renames.begin_again(Mark { thread, ..mark }));
+        // Both are the inode again.
+        assert_eq!(renames.second(7, b, 9), Tell::Again);
+        looked_up(a, Some(9));
+        assert_eq!(renames.second(7, b, 9), Tell::Other);
+        // It was the first name all the time, of a path without directories.
+        assert_eq!(
+            (renames.second(7, a, 9), renames.second(7, a, 9), renames.second(7, a, 9)),
+            (Tell::Again, Tell::Again, Tell::Inode)
+        );
+        // Other threads, other names, and what was long ago.
+        assert_eq!(
+            (renames.second(7, b, 9), renames.second(8, b, 9), renames.second(7, a, 9)),
+            (Tell::Again, Tell::Again, Tell::Again)
+        );
+        tokio::time::advance(MARK_LASTS).await;
+        looked_up(b, Some(1));
+        assert_eq!(renames.count.load(Ordering::SeqCst), 0);
+        (0..200).for_each(|thread| _ = renames.second(thread, a, 9));
         assert_eq!(renames.marks.lock().len(), MARKS_MAX);
     }
 }

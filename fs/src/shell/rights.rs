@@ -7,7 +7,7 @@
 //! Excludes: reading, writing and looking up, which a descriptor or a path entitles to.
 
 use super::signal::{has_capability, is_in_group};
-use crate::{Attributes, Caller, FsError, Result, SetAttributes};
+use crate::{Attributes, Caller, FileKind, FsError, Result, SetAttributes};
 use nix::libc::{S_ISGID, S_ISUID};
 
 /// Capabilities by their numbers.
@@ -45,6 +45,14 @@ pub(super) fn loses_set_ids(caller: &Caller) -> bool {
 /// `NotPermitted`.
 pub(super) fn change(caller: &Caller, exact_times: bool, found: &Attributes, set: SetAttributes) -> Result<SetAttributes> {
     let mut set = set;
+    // A change of the owner to what it is already costs the file its set-ids, and so is no stranger's to make.
+    if set == SetAttributes::default()
+        && found.kind != FileKind::Directory
+        && found.mode & (S_ISUID | S_ISGID) != 0
+        && !is_owner(caller, found)
+    {
+        return Err(FsError::NotPermitted);
+    }
     let gives_away = set.uid.is_some_and(|uid| caller.uid != found.uid || uid != found.uid);
     let regroups = set.gid.is_some_and(|gid| caller.uid != found.uid || gid != found.gid && !is_in_group(caller, gid));
     if (gives_away || regroups) && !has(caller, CHOWN) {

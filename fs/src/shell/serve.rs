@@ -399,6 +399,15 @@ impl<D: Disk> Peer for Front<D> {
         let inodes = self.known.revoke_all();
         let pages = inodes.into_iter().filter(|(_, forgotten)| forgotten.pages).map(|(ino, f)| (ino, f.revocation));
         self.notify.refresh(pages.collect());
+        // What was given away meanwhile nobody has told this node.
+        if let Some(notices) = self.notices.clone() {
+            let open = self.fs.open_inodes();
+            self.runtime.spawn(async move {
+                for ino in open {
+                    notices.heed(ino.object()).await;
+                }
+            });
+        }
     }
 
     fn distrust(&self) -> Duration {

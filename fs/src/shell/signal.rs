@@ -40,14 +40,17 @@ impl Signals {
     }
 }
 
-/// Whether a thread has a capability (by its number), as far as can be seen from here.
+/// Whether a thread has a capability (by its number), as far as can be seen from here. What it has in a user namespace of its own gives
+/// no right to files.
 pub(super) fn has_capability(caller: &crate::Caller, capability: u32) -> bool {
     let found = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", caller.pid)).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
         u64::from_str_radix(line.trim(), 16).ok()
     };
-    caller.pid != 0 && found().is_some_and(|mask| mask & (1 << capability) != 0)
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user")).ok();
+    let is_here = || namespace("self").is_some_and(|here| namespace(&caller.pid.to_string()) == Some(here));
+    caller.pid != 0 && is_here() && found().is_some_and(|mask| mask & (1 << capability) != 0)
 }
 
 /// Whether a process is in a group, as far as can be seen from here.

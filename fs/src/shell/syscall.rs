@@ -3,16 +3,14 @@
 //! A lock is asked for by `flock`, or by `fcntl` for its process or for an open file: the kernel says in the request whether it is a
 //! flock, but the library between does not pass that on. A file's size is set by programs, and by the kernel itself when an
 //! asynchronous write has failed: back to what it takes for the size, which is another one if other nodes have written. A name is looked
-//! up for a rename, as its first or its second one, or for something else. Once a request has been taken from the kernel its thread
-//! stays in the system call that it is for, whatever signals it gets, until it is answered: `/proc/TID/syscall` tells which one that
-//! is, and `/proc/TID/mem` the paths. (Who waits for no answer, but for asynchronous ones, may be seen to run for ever; that is no call.)
+//! up, and attributes are asked for, by calls of many kinds. Once a request has been taken from the kernel its thread stays in the
+//! system call that it is for, whatever signals it gets, until it is answered: `/proc/TID/syscall` tells which one that is. (Who waits
+//! for no answer, but for asynchronous ones, may be seen to run for ever; that is no call.)
 //!
 //! Excludes: threads that cannot be seen from here (another process namespace, a daemon that must not look at other
 //! processes): of those nothing is said.
 
 use nix::libc;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 /// How a thread asks for a lock.
@@ -33,8 +31,8 @@ enum Place {
     Running,
     /// A thread of the kernel.
     Kernel,
-    /// In this call, with these arguments.
-    Call(i64, [u64; 6]),
+    /// In this call, with this second argument.
+    Call(i64, u64),
     /// In none.
     Nowhere,
 }
@@ -45,20 +43,25 @@ const FLOCK_32: i64 = 143;
 const FCNTL_32: [i64; 2] = [55, 221];
 /// `F_SETLK64` and `F_SETLKW64` of such a process.
 const SETLK_32: [u64; 2] = [13, 14];
-/// How often a thread is looked at, a millisecond apart, until it has come to rest.
-const LOOKS_MAX: u32 = 20;
-/// The smallest page of memory.
-const PAGE: usize = 4096;
-/// The longest path that a call takes, with its end.
-const PATH_MAX: usize = 4096;
+/// How often a thread is looked at, a millisecond apart, until it has come to rest: where it waits for this and nothing else;
+/// where it may have asked for something asynchronous, and goes on; where it is not waited for long.
+const SURELY: u32 = 10_000;
+const PERHAPS: u32 = 200;
+const SHORTLY: u32 = 20;
 /// Bit of the calls of a process with 32-bit pointers on x86-64.
 const X32: i64 = 0x4000_0000;
 
 /// The numbers of `write`, `writev`, `pwrite64`, `sendfile`, `sendfile64`, `splice`, `pwritev`, `pwritev2`, `copy_file_range` there.
 const WRITE_32: [i64; 13] = [4, 146, 181, 187, 239, 313, 334, 340, 362, 377, 379, 391, 393];
-/// The numbers of `rename`; of `renameat` and `renameat2` (of x86, ARM) there.
-const RENAME_32: i64 = 38;
-const RENAME_AT_32: [i64; 4] = [302, 329, 353, 382];
+/// Numbers of calls of x86-64 that others do not have, and of those that rename of 32-bit processes there.
+#[cfg(target_arch = "x86_64")]
+const RENAME: [i64; 4] = [libc::SYS_rename, 38, 302, 353];
+#[cfg(target_arch = "x86_64")]
+const STAT: [i64; 2] = [libc::SYS_stat, libc::SYS_lstat];
+#[cfg(not(target_arch = "x86_64"))]
+const RENAME: [i64; 0] = [];
+#[cfg(not(target_arch = "x86_64"))]
+const STAT: [i64; 0] = [];
 /// The numbers of `truncate`, `ftruncate` and their 64-bit forms there.
 const TRUNCATE_32: [i64; 4] = [92, 93, 193, 194];
 
@@ -72,21 +75,18 @@ impl Place {
         let numbers: Vec<u64> = words.filter_map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok()).collect();
         match first.parse::<i64>() {
             Ok(_) if numbers.len() > 2 && numbers.iter().all(|n| *n == 0) => Place::Kernel,
-            Ok(call) if call >= 0 && numbers.len() > 2 => {
-                let argument = |at: usize| numbers.get(at).copied().unwrap_or_default();
-                Place::Call(call & !X32, std::array::from_fn(argument))
-            }
+            Ok(call) if call >= 0 && numbers.len() > 2 => Place::Call(call & !X32, numbers[1]),
             _ => Place::Nowhere,
         }
     }
 
     /// Where a thread is whose request is not yet answered; `None` if it cannot be seen.
-    async fn of(thread: u32) -> Option<Place> {
+    async fn of(thread: u32, looks: u32) -> Option<Place> {
         if thread == 0 {
             return None;
         }
         let path = format!("/proc/{thread}/syscall");
-        for _ in 0..LOOKS_MAX {
+        for _ in 0..looks {
             match Place::parse(&std::fs::read_to_string(&path).ok()?) {
                 // It has only to give up its processor.
                 Place::Running => tokio::time::sleep(Duration::from_millis(1)).await,
@@ -100,7 +100,7 @@ impl Place {
     /// The call by which a lock (`F_RDLCK` …) is asked for here; `None` if there is none: this is not the thread that asks.
     fn lock_call(self, request: i32) -> Option<LockCall> {
         let (call, second) = match self {
-            Place::Call(call, arguments) => (call, arguments[1]),
+            Place::Call(call, second) => (call, second),
             // It locks for a client of a file server, which knows byte ranges only.
             Place::Kernel => return Some(LockCall::Process),
             Place::Running | Place::Nowhere => return None,
@@ -133,18 +133,16 @@ impl Place {
         calls.contains(&call) || copies.contains(&call) || WRITE_32.contains(&call)
     }
 
-    /// Where the two paths of a rename are in the thread's memory, if it is in one.
-    fn renames(self) -> Option<(u64, u64)> {
-        let Place::Call(call, [first, second, _, fourth, ..]) = self else { return None };
-        #[cfg(target_arch = "x86_64")]
-        if call == libc::SYS_rename {
-            return Some((first, second));
-        }
-        if call == RENAME_32 {
-            return Some((first, second));
-        }
-        let at = [libc::SYS_renameat, libc::SYS_renameat2].contains(&call) || RENAME_AT_32.contains(&call);
-        at.then_some((second, fourth))
+    /// Whether a program renames something here.
+    fn renames(self) -> bool {
+        let Place::Call(call, _) = self else { return false };
+        [libc::SYS_renameat, libc::SYS_renameat2].contains(&call) || RENAME.contains(&call)
+    }
+
+    /// Whether a program asks for attributes here, to be shown them.
+    fn stats(self) -> bool {
+        let Place::Call(call, _) = self else { return false };
+        [libc::SYS_fstat, libc::SYS_newfstatat, libc::SYS_statx].contains(&call) || STAT.contains(&call)
     }
 
     /// Whether a program sets a file's size here.
@@ -157,66 +155,27 @@ impl Place {
 /// The call by which a thread, whose request for a lock (`F_RDLCK` …) is not yet answered, asks for it; `None` if that cannot be
 /// seen.
 pub(super) async fn lock_call(thread: u32, request: i32) -> Option<LockCall> {
-    Place::of(thread).await?.lock_call(request)
+    Place::of(thread, SURELY).await?.lock_call(request)
 }
 
-/// The names of a rename.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Renaming {
-    /// The name that it moves, and the one that it moves it to.
-    pub(super) from: Vec<u8>,
-    pub(super) to: Vec<u8>,
-    /// The directories' names before these, if they are named.
-    pub(super) from_dir: Option<Vec<u8>>,
-    pub(super) to_dir: Option<Vec<u8>>,
+/// Whether a thread is seen to rename something, and waits for that.
+pub(super) async fn renames(thread: u32) -> bool {
+    Place::of(thread, SHORTLY).await.is_some_and(Place::renames)
 }
 
-impl Renaming {
-    pub(super) fn of(from: &[u8], to: &[u8]) -> Self {
-        let parts = |path: &[u8]| {
-            let mut parts = path.rsplit(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".");
-            let last = parts.next().unwrap_or_default().to_vec();
-            (last, parts.next().filter(|dir| *dir != b"..").map(<[u8]>::to_vec))
-        };
-        let ((from, from_dir), (to, to_dir)) = (parts(from), parts(to));
-        Renaming { from, to, from_dir, to_dir }
-    }
-}
-
-/// A string in a thread's memory.
-fn string_at(memory: &File, at: u64) -> Option<Vec<u8>> {
-    let mut string = Vec::new();
-    while string.len() < PATH_MAX {
-        // What follows its page may not be there.
-        let from = at.checked_add(string.len() as u64)?;
-        let mut part = vec![0; PAGE - (from % PAGE as u64) as usize];
-        memory.read_exact_at(&mut part, from).ok()?;
-        match part.iter().position(|b| *b == 0) {
-            Some(end) => {
-                string.extend_from_slice(&part[..end]);
-                return Some(string);
-            }
-            None => string.extend(part),
-        }
-    }
-    None
-}
-
-/// The names of the rename that a thread is in, which waits for an answer; `None` if it is in none, or cannot be seen.
-pub(super) async fn renames(thread: u32) -> Option<Renaming> {
-    let (from, to) = Place::of(thread).await?.renames()?;
-    let memory = File::open(format!("/proc/{thread}/mem")).ok()?;
-    Some(Renaming::of(&string_at(&memory, from)?, &string_at(&memory, to)?))
+/// Whether a thread is seen to ask for attributes in order to show them (and not, say, to open a file), and waits for them.
+pub(super) async fn stats(thread: u32) -> bool {
+    Place::of(thread, SHORTLY).await.is_some_and(Place::stats)
 }
 
 /// Whether a thread is seen to write, and waits for the end of that.
 pub(super) async fn writes(thread: u32) -> bool {
-    Place::of(thread).await.is_some_and(Place::writes)
+    Place::of(thread, PERHAPS).await.is_some_and(Place::writes)
 }
 
 /// Whether a thread is seen to set a file's size, which its request asks for.
 pub(super) async fn sets_size(thread: u32) -> bool {
-    Place::of(thread).await.is_some_and(Place::sets_size)
+    Place::of(thread, PERHAPS).await.is_some_and(Place::sets_size)
 }
 
 #[cfg(test)]
@@ -247,6 +206,9 @@ mod tests {
         let writes = |call| Place::parse(&line(call, 0)).writes();
         assert!(writes(libc::SYS_pwrite64) && writes(libc::SYS_writev | X32) && writes(4));
         assert!(!writes(libc::SYS_io_submit) && !writes(libc::SYS_io_uring_enter) && !kernel.writes());
+        let (renames, stats) = (|call| Place::parse(&line(call, 0)).renames(), |call| Place::parse(&line(call, 0)).stats());
+        assert!(renames(libc::SYS_renameat2) && renames(libc::SYS_renameat) && !renames(libc::SYS_unlinkat) && !kernel.renames());
+        assert!(stats(libc::SYS_statx) && stats(libc::SYS_fstat) && !stats(libc::SYS_openat) && !stats(libc::SYS_execve));
         let sets_size = |call| Place::parse(&line(call, 0)).sets_size();
         assert!(sets_size(libc::SYS_ftruncate) && sets_size(libc::SYS_truncate | X32) && sets_size(194));
         assert!(!sets_size(libc::SYS_io_submit) && !sets_size(libc::SYS_io_uring_enter) && !sets_size(libc::SYS_pwrite64));

@@ -189,6 +189,11 @@ impl Unheard {
         self.overflowed || self.sent.iter().any(|s| matches!(s.kind, Kind::Forced { .. }) && !s.holds)
     }
 
+    /// Whether somebody may still make the kernel take in what was told before.
+    pub(super) fn may_be_forced(&self) -> bool {
+        self.overflowed || self.sent.iter().any(|s| matches!(s.kind, Kind::Forced { .. }))
+    }
+
     /// Threads that are gone have taken in what they were told. Returns whether pages may have been spoiled.
     pub(super) fn hear_gone(&mut self, is_gone: impl Fn(u32) -> bool) -> bool {
         let spoiled = self.sent.iter().any(|s| s.spoils() && is_gone(s.thread));

@@ -5,6 +5,7 @@
 //!
 //! Invariants:
 //! - The ranges of one owner do not overlap, and touching ranges of one owner and kind are merged.
+//! - Locks are kept in order, of owners and then of places.
 //! - Ranges of different owners overlap only if both are `Read`.
 //!
 //! Excludes: waiting (`master`), and who the owners are.
@@ -104,38 +105,32 @@ impl<O: Clone + Eq + Ord> LockTable<O> {
         assert!(self.conflict(&lock.owner, lock.range, lock.kind).is_none(), "a lock was granted over another owner's");
         self.unlock(&lock.owner, lock.range);
         let mut merged = lock;
-        self.held.retain(|h| {
-            let joins = h.owner == merged.owner && h.kind == merged.kind && h.range.touches(merged.range);
-            if joins {
-                merged.range.start = merged.range.start.min(h.range.start);
-                merged.range.end = merged.range.end.max(h.range.end);
-            }
-            !joins
-        });
-        self.held.push(merged);
-        self.held.sort();
+        let at = self.held.partition_point(|h| (&h.owner, h.range) < (&merged.owner, merged.range));
+        let joins = |h: &HeldLock<O>| h.owner == merged.owner && h.kind == merged.kind && h.range.touches(merged.range);
+        let before = at.checked_sub(1).filter(|before| joins(&self.held[*before]));
+        let behind = self.held.get(at).filter(|h| joins(h)).map(|h| h.range.end);
+        let first = before.unwrap_or(at);
+        let end = at + usize::from(behind.is_some());
+        merged.range.start = before.map_or(merged.range.start, |before| self.held[before].range.start);
+        merged.range.end = behind.unwrap_or(merged.range.end);
+        self.held.splice(first..end, [merged]);
     }
 
     /// Gives up whatever the owner holds of these bytes. Says whether it held any.
     pub fn unlock(&mut self, owner: &O, range: LockRange) -> bool {
-        let mut kept = Vec::with_capacity(self.held.len() + 1);
-        let mut any = false;
-        for h in self.held.drain(..) {
-            if h.owner != *owner || !h.range.overlaps(range) {
-                kept.push(h);
-                continue;
-            }
-            any = true;
-            if h.range.start < range.start {
-                kept.push(HeldLock { range: LockRange { start: h.range.start, end: range.start - 1 }, ..h.clone() });
-            }
-            if h.range.end > range.end {
-                kept.push(HeldLock { range: LockRange { start: range.end + 1, end: h.range.end }, ..h });
-            }
+        // Those of one owner do not overlap, so that they end in the order in which they begin.
+        let first = self.held.partition_point(|h| (&h.owner, h.range.end) < (owner, range.start));
+        let count = self.held[first..].partition_point(|h| h.owner == *owner && h.range.start <= range.end);
+        if count == 0 {
+            return false;
         }
-        kept.sort();
-        self.held = kept;
-        any
+        let (head, tail) = (self.held[first].clone(), self.held[first + count - 1].clone());
+        let left = (head.range.start < range.start)
+            .then(|| HeldLock { range: LockRange { start: head.range.start, end: range.start - 1 }, ..head });
+        let right = (tail.range.end > range.end)
+            .then(|| HeldLock { range: LockRange { start: range.end + 1, end: tail.range.end }, ..tail });
+        self.held.splice(first..first + count, left.into_iter().chain(right));
+        true
     }
 
     /// Turns what the owner holds of these bytes into `Read` locks.
@@ -164,6 +159,7 @@ impl<O: Clone + Eq + Ord> LockTable<O> {
 
     /// Panics if an invariant of this file is broken.
     pub fn check_invariants(&self) {
+        assert!(self.held.is_sorted(), "locks are out of order");
         for (i, a) in self.held.iter().enumerate() {
             assert!(a.range.start <= a.range.end, "an empty range is locked");
             for b in &self.held[i + 1..] {

@@ -138,6 +138,18 @@ impl Drop for Telling<'_> {
     }
 }
 
+/// A notice is being heeded; however that ends.
+struct Heeding<'a> {
+    node: &'a Node,
+    key: (NodeId, Incarnation, u64),
+}
+
+impl Drop for Heeding<'_> {
+    fn drop(&mut self) {
+        self.node.state.lock().heeding.remove(&self.key);
+    }
+}
+
 impl Node {
     /// The life in which this node is a member, or was last.
     fn life(&self) -> Incarnation {
@@ -199,8 +211,9 @@ impl Receiver for Inbox {
                 }
                 let runtime = node.runtime.clone();
                 runtime.spawn(async move {
+                    let heeding = Heeding { node: &node, key };
                     node.heed(object).await;
-                    node.state.lock().heeding.remove(&key);
+                    drop(heeding);
                     node.send(from.node, NoticeMessage::Heeded { life: from.incarnation, number });
                 });
             }

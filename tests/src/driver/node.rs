@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const LINKS_FOLLOWED_MAX: u32 = 40;
+/// How often a rename begins again.
+const AGAIN_MAX: u32 = 50;
 
 /// The file system on several nodes; a node that is down has none.
 pub struct NodeDriver<D: Disk> {
@@ -168,7 +170,20 @@ impl<D: Disk> NodeDriver<D> {
     }
 
     /// What the kernel checks before it asks for a rename. True: there is nothing to do.
+    /// As the kernel does: two names of one inode are a rename that is done. Where it cannot have two, one of them was moved between
+    /// the two look-ups, and the kernel is made to begin again.
     async fn check_rename(fs: &FileSystem<D>, from: (Ino, &str), to: (Ino, &str), flag: RenameFlag) -> Result<bool, i32> {
+        for _ in 0..AGAIN_MAX {
+            let is_done = Self::check_rename_once(fs, from, to, flag).await?;
+            match Self::lookup(fs, to.0, to.1).await {
+                Ok(new) if is_done && from != to && (new.kind == NodeKind::Directory || new.nlink == 1) => {}
+                _ => return Ok(is_done),
+            }
+        }
+        Err(ESTALE)
+    }
+
+    async fn check_rename_once(fs: &FileSystem<D>, from: (Ino, &str), to: (Ino, &str), flag: RenameFlag) -> Result<bool, i32> {
         let old = Self::lookup(fs, from.0, from.1).await?;
         let new = match Self::lookup(fs, to.0, to.1).await {
             Err(ENOENT) => None,

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// ALPN name of traffic between members. Its number changes with that of any message (2: what nodes have open is told at recovery,
 /// locks have spaces): members of two numbers do not understand each other, and are not connected.
-pub const ALPN_MEMBER: &[u8] = b"pulsar/2";
+pub const ALPN_MEMBER: &[u8] = b"pulsar/3";
 /// ALPN name of the join protocol.
 pub const ALPN_JOIN: &[u8] = b"pulsar-join/1";
 
