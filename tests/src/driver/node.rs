@@ -169,15 +169,13 @@ impl<D: Disk> NodeDriver<D> {
         }
     }
 
-    /// What the kernel checks before it asks for a rename. True: there is nothing to do.
-    /// As the kernel does: two names of one inode are a rename that is done. Where it cannot have two, one of them was moved between
-    /// the two look-ups, and the kernel is made to begin again.
+    /// What the kernel checks before it asks for a rename. True: there is nothing to do, both are names of one inode. Where it cannot
+    /// have two, one was moved between the two look-ups, and the kernel is made to begin again.
     async fn check_rename(fs: &FileSystem<D>, from: (Ino, &str), to: (Ino, &str), flag: RenameFlag) -> Result<bool, i32> {
         for _ in 0..AGAIN_MAX {
-            let is_done = Self::check_rename_once(fs, from, to, flag).await?;
-            match Self::lookup(fs, to.0, to.1).await {
-                Ok(new) if is_done && from != to && (new.kind == NodeKind::Directory || new.nlink == 1) => {}
-                _ => return Ok(is_done),
+            match Self::check_rename_once(fs, from, to, flag).await {
+                Err(ESTALE) => {}
+                checked => return checked,
             }
         }
         Err(ESTALE)
@@ -203,7 +201,7 @@ impl<D: Disk> NodeDriver<D> {
             return Err(if flag == RenameFlag::Exchange { EINVAL } else { ENOTEMPTY });
         }
         if new.ino == old.ino {
-            return Ok(true);
+            return if from != to && (is_dir(&new) || new.nlink == 1) { Err(ESTALE) } else { Ok(true) };
         }
         match (is_dir(&old), is_dir(&new)) {
             _ if flag == RenameFlag::Exchange => Ok(false),
