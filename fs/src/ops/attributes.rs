@@ -96,11 +96,11 @@ impl<D: Disk> FileSystem<D> {
             self.truncate_on(ino, size, Terms { kill: terms.kill || set.kill, ..terms }).await?;
         }
         // What was cut may be lost.
-        let again = if set.size.is_some() { &|| false } else { terms.allowed };
-        let (sized, truncated_program) =
-            (set.size.is_some(), set.size.is_some() && self.inode(ino).await?.flags & HAS_CAPABILITY != 0);
+        let is_sized = set.size.is_some();
+        let again = if is_sized { &|| false } else { terms.allowed };
+        let truncated_program = is_sized && self.inode(ino).await?.flags & HAS_CAPABILITY != 0;
         let set = SetAttributes { size: None, kill: set.kill && set.size.is_none(), ..set };
-        if sized && set.is_empty() && !truncated_program {
+        if is_sized && set.is_empty() && !truncated_program {
             return self.attributes(ino).await;
         }
         self.again_if(again, || self.try_set_attributes(ino, set, truncated_program, terms, permit)).await

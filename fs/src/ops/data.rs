@@ -238,7 +238,8 @@ impl<D: Disk> FileSystem<D> {
         }
     }
 
-    /// Writes all of a payload; `kill`: as a member of the group from whom it takes set-user-id and set-group-id away. Returns where it was written.
+    /// Writes all of a payload; `kill`: as a member of the file's group, whose writing takes set-user-id and set-group-id away. Returns
+    /// where it was written.
     ///
     /// # Errors
     /// `NoSpace` and `TooLarge` (some of it may be written), and those of `read`.
@@ -247,7 +248,8 @@ impl<D: Disk> FileSystem<D> {
         written.rest.map_or(Ok(written.offset), Err)
     }
 
-    /// Writes as long as the terms allow it, which are looked at before each part is committed. Returns where, and how much: less than all if something fails after some was written.
+    /// Writes as long as the terms allow it, which are looked at before each part is committed. Returns where, and how much: less than
+    /// all if something fails after some was written.
     ///
     /// # Errors
     /// `Disk(Lost)` if it is not allowed (any more), also if some was written before: that may be lost. Those of `write` if

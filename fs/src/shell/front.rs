@@ -127,7 +127,7 @@ impl<D: Disk> Front<D> {
     /// An inode has been given to another owner or group. A kernel judges by what it was told of that, without asking anew, who may
     /// set attributes, and remove from a sticky directory. So all kernels that may do so are made to take it in before the change is
     /// over.
-    pub(super) async fn given(&self, ino: INodeNo) {
+    pub(super) async fn announce(&self, ino: INodeNo) {
         let Some(notices) = self.notices.clone() else { return };
         let (object, has_others) = (self.identity.ino(ino).object(), self.company.has_others());
         // Also if who gave it away is killed: it is given.

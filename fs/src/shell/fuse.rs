@@ -317,7 +317,7 @@ impl<D: Disk> fuser::Filesystem for Fuse<D> {
             let result = front.fs.set_attributes_on(front.identity.ino(ino), change, terms, &permit).await;
             drop(changing);
             if given.into_inner() && result.is_ok() {
-                front.given(ino).await;
+                front.announce(ino).await;
             }
             front.changed(start, caller.pid, result, reply);
         });

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// ALPN name of traffic between members. Its number changes with that of any message (2: what nodes have open is told at recovery,
-/// locks have spaces): members of two numbers do not understand each other, and are not connected.
+/// locks have spaces; 3: notices): members of two numbers do not understand each other, and are not connected.
 pub const ALPN_MEMBER: &[u8] = b"pulsar/3";
 /// ALPN name of the join protocol.
 pub const ALPN_JOIN: &[u8] = b"pulsar-join/1";
